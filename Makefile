@@ -1,0 +1,40 @@
+# `make run` and `make test` need Python 3.11 with venv, and nothing else.
+#   make run PARTICIPANTS=6 MALICIOUS=2
+#   make run CONFIG=published SET="rounds=2" ENVOY="data.source=image_folder data.folder=$HOME/cifar10"
+
+PYTHON       ?= $(shell command -v python3.11 || echo python3)
+PARTICIPANTS ?= 4
+MALICIOUS    ?= 1
+CONFIG       ?= demo
+SET          ?=
+ENVOY        ?=
+RESULTS      ?= results
+
+BIN        := .venv/bin
+FEDERATION := $(BIN)/python director/federation.py --participants $(PARTICIPANTS) --malicious $(MALICIOUS) \
+              $(foreach change,$(ENVOY),--set $(change))
+NOTEBOOK   := $(BIN)/python run.py --config $(CONFIG) --results $(RESULTS) $(foreach change,$(SET),--set $(change))
+
+.PHONY: run export test lint clean
+
+run: .venv/ready
+	$(FEDERATION) -- $(NOTEBOOK)
+
+export: .venv/ready
+	$(NOTEBOOK) --export
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/pytest
+	$(BIN)/python director/federation.py -- $(BIN)/pytest --nbmake --nbmake-timeout=600 FederatedCrowdGuard.ipynb
+
+.venv/ready: requirements.txt envoy/requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv .federation .metaflow generated_workspace results

@@ -1,0 +1,111 @@
+"""Certificates for a federation: a CA of its own, one certificate each for director, experimenter and participants.
+
+    python director/certificates.py --director director.example.org Amsterdam Bangalore Chandler Detroit
+
+writes `certificates/{ca,director,experimenter,Amsterdam,...}.{crt,key}`. Hand every participant `ca.crt` and its own
+two files over a channel you trust; `ca.key` stays here. Participants who come later are added by calling it again.
+"""
+
+import argparse
+import datetime
+import ipaddress
+import os
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+
+def write_private(path: Path, key) -> None:
+    """The key as PEM, readable by its owner alone."""
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(pem)
+
+
+def issue(name: str, key, issuer_name, issuer_key, days: int, extensions) -> x509.Certificate:
+    """A certificate with the common name `name`, signed by the issuer."""
+    now = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(common_name(name))
+        .issuer_name(issuer_name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(minutes=5))  # clocks differ a little
+        .not_valid_after(now + datetime.timedelta(days=days))
+    )
+    for extension, critical in extensions:
+        builder = builder.add_extension(extension, critical)
+    return builder.sign(issuer_key, hashes.SHA256())
+
+
+def common_name(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def alternative_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def certificate_authority(folder: Path, days: int):
+    """The CA's name and key; made if it is not there yet."""
+    name, path = common_name("FederatedCrowdGuard CA"), folder / "ca.key"
+    if path.exists():
+        return name, serialization.load_pem_private_key(path.read_bytes(), password=None)
+    key = ec.generate_private_key(ec.SECP256R1())
+    usage = x509.KeyUsage(False, False, False, False, False, key_cert_sign=True, crl_sign=True, encipher_only=False,
+                          decipher_only=False)  # fmt: skip
+    extensions = [
+        (x509.BasicConstraints(ca=True, path_length=0), True),
+        (usage, True),
+        (x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False),
+    ]
+    certificate = issue("FederatedCrowdGuard CA", key, name, key, days, extensions)
+    (folder / "ca.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    write_private(path, key)
+    return name, key
+
+
+def make_certificates(folder: Path, director: str, participants: list[str], days: int = 365) -> None:
+    """Writes what is not there yet: CA, `director`, `experimenter` and every participant.
+
+    Args:
+        director: host name or address under which the director is reached.
+        participants: envoy names; OpenFL compares them with the certificates' common names.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ca_name, ca_key = certificate_authority(folder, days)
+    usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+    hosts = dict.fromkeys([director, "localhost", "127.0.0.1"])
+    server = x509.SubjectAlternativeName([alternative_name(host) for host in hosts])
+    for file, name in [("director", director), ("experimenter", "experimenter"), *((p, p) for p in participants)]:
+        if (folder / f"{file}.crt").exists():
+            continue
+        key = ec.generate_private_key(ec.SECP256R1())
+        identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
+        extensions = [(x509.BasicConstraints(ca=False, path_length=None), True), (usages, False), (identifier, False)]
+        extensions += [(server, False)] if file == "director" else []
+        certificate = issue(name, key, ca_name, ca_key, days, extensions)
+        write_private(folder / f"{file}.key", key)
+        (folder / f"{file}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("participants", nargs="+", help="envoy names")
+    parser.add_argument("--director", default="localhost", help="host name or address of the director's machine")
+    parser.add_argument("--folder", type=Path, default=Path("certificates"))
+    parser.add_argument("--days", type=int, default=365)
+    args = parser.parse_args()
+    make_certificates(args.folder, args.director, args.participants, args.days)
+    print(f"certificates for {args.director}, experimenter, {', '.join(args.participants)} are in {args.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""A whole federation on this machine: director, envoys, mutual TLS, for as long as a command runs.
+
+    python director/federation.py --participants 6 --malicious 2 -- python run.py
+
+The settings come from the YAML files in `envoy/`; `--set data.source=image_folder --set data.folder=DIR` changes them
+for all participants. Everything is taken down again when the command ends, on Ctrl-C, and when this is killed.
+"""
+
+import argparse
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from certificates import make_certificates
+
+ROOT = Path(__file__).parent.parent
+# fmt: off
+CITIES = [
+    "Amsterdam", "Bangalore", "Chandler", "Detroit", "Espoo", "Fairbanks", "Galway", "Hamburg", "Istanbul", "Jakarta",
+    "Kyoto", "Lima", "Montreal", "Nairobi", "Oslo", "Prague", "Quito", "Rotterdam", "Seattle", "Toronto", "Utrecht",
+    "Vienna", "Warsaw", "Xiamen", "York", "Zagreb",
+]
+# fmt: on
+START_TIMEOUT = 300  # seconds; importing torch five times on a busy machine takes a minute
+
+
+# --- Who takes part -------------------------------------------------------------------------------------------
+
+
+def names(participants: int) -> list[str]:
+    return [CITIES[i] if i < len(CITIES) else f"Participant{i + 1}" for i in range(participants)]
+
+
+def parse_override(text: str) -> tuple[list[str], object]:
+    """`data.alpha=1.0` → (["data", "alpha"], 1.0)"""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise SystemExit(f"--set {text}: must be key=value, as in data.source=image_folder")
+    if key == "data.folder":
+        value = str(Path(value).expanduser().absolute())
+    return key.split("."), yaml.safe_load(value)
+
+
+def participant_settings(participants: int, malicious: int, director: str, overrides=()) -> dict[str, dict]:
+    """name → settings. The last participants are malicious; their updates are scaled by 1 / PMR unless overridden."""
+    everyone = names(participants)
+    attackers = everyone[participants - malicious :]
+    settings = {}
+    for index, name in enumerate(everyone):
+        own = ROOT / "envoy" / f"{name}.yaml"
+        mine = yaml.safe_load((own if own.exists() else ROOT / "envoy" / "Amsterdam.yaml").read_text())
+        attack = mine.pop("attack", None)
+        mine |= {"name": name, "director": director}
+        mine["data"] |= {"index": index, "participants": participants}
+        if name in attackers:
+            attack = attack or yaml.safe_load((ROOT / "envoy" / "Detroit.yaml").read_text())["attack"]
+            mine["attack"] = attack | {"scale": participants / malicious, "accomplices": attackers}
+        for (*sections, key), value in overrides:
+            if sections != ["attack"] or name in attackers:
+                place = mine
+                for section in sections:
+                    place = place.setdefault(section, {})
+                place[key] = value
+        settings[name] = mine
+    return settings
+
+
+# --- Processes ------------------------------------------------------------------------------------------------
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody uses at the moment."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for probe in sockets:
+            probe.bind(("", 0))
+        return [probe.getsockname()[1] for probe in sockets]
+    finally:
+        for probe in sockets:
+            probe.close()
+
+
+class Federation:
+    """Director and envoys as processes. A context manager; `run` runs a command beside them.
+
+    Attributes: `folder` (settings, certificates and logs), `environment` of commands that want to reach the director.
+    """
+
+    def __init__(self, participants: int = 4, malicious: int = 1, overrides=()):
+        if not 0 <= malicious < participants:
+            raise SystemExit(f"--malicious {malicious}: must be at least 0 and smaller than --participants")
+        director_port, aggregator_port = free_ports(2)
+        self.address = f"localhost:{director_port}"
+        self.settings = participant_settings(participants, malicious, self.address, overrides)
+        (ROOT / ".federation").mkdir(exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=ROOT / ".federation"))
+        self.environment = os.environ | {
+            "CROWDGUARD_DIRECTOR": self.address,
+            "CROWDGUARD_AGGREGATOR_PORT": str(aggregator_port),
+            "CROWDGUARD_CERTIFICATES": str(self.folder / "certificates"),
+            "CROWDGUARD_ENVOYS": str(self.folder / "envoys"),
+            "HOME": str(self.folder / "home"),
+            "MPLCONFIGDIR": str(ROOT / ".federation" / "matplotlib"),  # its font cache takes long to make
+            "METAFLOW_USER": "experimenter",
+            "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait take the cores from the other processes
+        }
+        self.processes = {}
+        self.guardian = None
+
+    def __enter__(self):
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.stop()
+        if error is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def start(self):
+        certificates = self.folder / "certificates"
+        make_certificates(certificates, "localhost", list(self.settings), days=7)
+        for folder in ("home", "logs", "envoys", "director", *self.settings):
+            (self.folder / folder).mkdir()
+        self.guardian = subprocess.Popen(
+            [sys.executable, ROOT / "director" / "guardian.py", certificates],
+            stdin=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        self.start_director(certificates)
+        for name, settings in self.settings.items():
+            file = self.folder / "envoys" / f"{name}.yaml"
+            file.write_text(yaml.safe_dump(settings, sort_keys=False))
+            self.spawn(name, [ROOT / "envoy" / "start.py", file, "--certificates", certificates])
+        for name in self.settings:
+            self.wait_for(name, lambda name=name: "is connected to the director" in self.log(name).read_text())
+
+    def start_director(self, certificates):
+        host, port = self.address.split(":")
+        file = self.folder / "director.yaml"
+        period = yaml.safe_load((ROOT / "director" / "director.yaml").read_text())["envoy_health_check_period"]
+        file.write_text(yaml.safe_dump({"host": host, "port": int(port), "envoy_health_check_period": period}))
+        self.spawn("director", [ROOT / "director" / "start.py", file, "--certificates", certificates])
+        self.wait_for("director", self.director_listens)
+
+    def director_listens(self) -> bool:
+        host, port = self.address.split(":")
+        with socket.socket() as probe:
+            return probe.connect_ex((host, int(port))) == 0
+
+    def log(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name}.log"
+
+    def spawn(self, name: str, command: list) -> None:
+        """Starts a Python program in a folder of its own, its output in a log, its life in the guardian's hands."""
+        threads = max(1, (os.cpu_count() or 1) // len(self.settings))
+        with self.log(name).open("w") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-u", *command], cwd=self.folder / name, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                env=self.environment | {"OMP_NUM_THREADS": str(threads)},
+            )  # fmt: skip
+        self.guard(self.processes[name])
+
+    def guard(self, process) -> None:
+        print(process.pid, file=self.guardian.stdin, flush=True)
+
+    def wait_for(self, name: str, ready) -> None:
+        started = time.monotonic()
+        while not ready():
+            self.check()
+            if time.monotonic() - started > START_TIMEOUT:
+                raise SystemExit(f"{name} is not ready after {START_TIMEOUT} s; its log: {self.log(name)}")
+            time.sleep(0.2)
+
+    def check(self) -> None:
+        """Raises `SystemExit` that shows the end of the log if a process has died."""
+        for name, process in self.processes.items():
+            if process.poll() is not None:
+                end = "\n".join(self.log(name).read_text().splitlines()[-5:])
+                raise SystemExit(f"{name} ended with exit code {process.returncode}; its log: {self.log(name)}\n{end}")
+
+    def run(self, command: list[str]) -> int:
+        """Runs the command beside the federation; returns its exit code, raises `SystemExit` if a process dies."""
+        running = subprocess.Popen(command, env=self.environment, start_new_session=True)
+        self.guard(running)
+        while running.poll() is None:
+            self.check()
+            time.sleep(0.5)
+        return running.returncode
+
+    def stop(self) -> None:
+        """Has the guardian end everything."""
+        if self.guardian:
+            self.guardian.stdin.close()
+            self.guardian.wait()
+            self.guardian = None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--participants", type=int, default=4)
+    parser.add_argument("--malicious", type=int, default=1)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting for all participants")
+    parser.add_argument("command", nargs="+", help="command to run beside the federation, after --")
+    args = parser.parse_args()
+    overrides = [parse_override(text) for text in args.set]
+    try:
+        with Federation(args.participants, args.malicious, overrides) as federation:
+            print(f"{len(federation.settings)} participants are online; logs: {federation.folder / 'logs'}", flush=True)
+            if code := federation.run(args.command):
+                raise SystemExit(code)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
