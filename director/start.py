@@ -6,6 +6,7 @@ Needs `ca.crt`, `director.crt` and `director.key` in the certificates' folder; e
 """
 
 import argparse
+import asyncio
 import logging
 import os
 import socket
@@ -40,6 +41,17 @@ def check_port(path: Path, port: int) -> None:
             raise SystemExit(f"{path}: port: {port} cannot be used: {error}") from None
 
 
+class ShortNaps:
+    """asyncio for OpenFL's director, which looks every ten seconds whether an experiment has come or ended."""
+
+    def __getattr__(self, name):
+        return getattr(asyncio, name)
+
+    @staticmethod
+    async def sleep(seconds):
+        await asyncio.sleep(min(seconds, 1))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path, nargs="?", default=Path(__file__).with_name("director.yaml"))
@@ -53,12 +65,13 @@ def main():
             raise SystemExit(f"{file} is missing: python director/certificates.py makes it")
     os.environ.setdefault("METAFLOW_USER", "director")  # metaflow fails without a user name
 
-    from openfl.experimental.workflow.component.director import Director
+    from openfl.experimental.workflow.component.director import Director, director, experiment
     from openfl.experimental.workflow.transport import DirectorGRPCServer
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     # It says every second what it waits for; the experiment itself says so every ten.
     logging.getLogger("openfl.experimental.workflow.component.aggregator").setLevel(logging.WARNING)
+    director.asyncio = experiment.asyncio = ShortNaps()
     DirectorGRPCServer(
         director_cls=Director,
         director_config=args.config.absolute(),

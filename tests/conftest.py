@@ -1,0 +1,94 @@
+"""The exported module under test, and small things that several tests need."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nbdev.export import nb_export
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def load_module(name: str, path: Path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> Path:
+    """The file that participants receive, exported as OpenFL does it."""
+    folder = tmp_path_factory.mktemp("exported")
+    nb_export(ROOT / "FederatedCrowdGuard.ipynb", folder)
+    return folder / "experiment.py"
+
+
+@pytest.fixture(scope="session")
+def experiment(exported):
+    """The exported module."""
+    return load_module("experiment", exported)
+
+
+@pytest.fixture(scope="session")
+def private_attributes():
+    return load_module("private_attributes", ROOT / "envoy" / "private_attributes.py")
+
+
+@pytest.fixture(scope="session")
+def published():
+    """The published implementation, an oracle that lies in the installed openfl package."""
+    import matplotlib
+    import openfl
+
+    matplotlib.use("Agg")
+    tutorials = Path(openfl.__file__).parent.parent / "openfl-tutorials" / "experimental" / "workflow" / "CrowdGuard"
+    return load_module("published", tutorials / "CrowdGuardClientValidation.py").CrowdGuardClientValidation
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+class SmallNet(torch.nn.Module):
+    """A net of four inspected layers that is fast to run and knows nothing of `Net`."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.convolutions = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3, stride=4), torch.nn.ReLU(inplace=True), torch.nn.Conv2d(4, 6, 3, stride=4)
+        )
+        self.norm = torch.nn.BatchNorm2d(6)
+        self.linear = torch.nn.Sequential(torch.nn.Linear(24, 8), torch.nn.Tanh(), torch.nn.Linear(8, classes))
+
+    def forward(self, images):
+        return self.linear(self.norm(self.convolutions(images)).flatten(1))
+
+
+@pytest.fixture
+def small_models():
+    """A global model and five local ones near it; the last is further away."""
+    torch.manual_seed(0)
+    origin, models = SmallNet(), []
+    for step in (0.05, 0.05, 0.05, 0.05, 0.5):
+        model = SmallNet()
+        model.load_state_dict(origin.state_dict())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += step * torch.randn_like(parameter)
+        models.append(model)
+    return origin, models
+
+
+@pytest.fixture
+def loader():
+    """Forty images of three classes, unshuffled, in batches of sixteen."""
+    torch.manual_seed(1)
+    images, labels = torch.randn(40, 3, 32, 32), torch.arange(40) % 3
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=16)

@@ -1,0 +1,33 @@
+"""What director and envoys receive."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_exported_module_imports_without_network_and_writes_nothing(exported, tmp_path):
+    code = "import socket\ndef no(*a, **k): raise OSError('network')\nsocket.socket.connect = no\nimport experiment\n"
+    code += "assert experiment.FederatedCrowdGuard and experiment.Config().rounds"
+    environment = {"PYTHONPATH": str(exported.parent), "HOME": str(tmp_path), "PATH": ""}
+    command = [sys.executable, "-B", "-W", "ignore", "-c", code]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120)
+    assert not list(tmp_path.iterdir())
+    assert [file.name for file in exported.parent.iterdir()] == ["experiment.py"]
+
+
+def test_export_writes_plan_code_and_requirements(tmp_path):
+    command = [sys.executable, ROOT / "run.py", "--export", "--config", "published", "--set", "rounds=3"]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    workspace = ROOT / "generated_workspace"
+    plan = yaml.safe_load((workspace / "plan" / "plan.yaml").read_text())
+    assert plan["federated_flow"] == {"template": "src.experiment.FederatedCrowdGuard", "settings": {}}
+    assert plan["network"]["settings"]["tls"] is True
+    assert plan["network"]["settings"]["agg_addr"] == "localhost"
+    assert (workspace / "requirements.txt").read_text() == (ROOT / "envoy" / "requirements.txt").read_text()
+    code = (workspace / "src" / "experiment.py").read_text()
+    assert "config = dataclasses.replace(published, rounds=3)" in code
+    assert "matplotlib" not in code

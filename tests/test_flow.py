@@ -1,0 +1,150 @@
+"""The flow on OpenFL's LocalRuntime: both aggregations, and participants at which something goes wrong."""
+
+import contextlib
+import functools
+import io
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+NAMES = ["Amsterdam", "Bangalore", "Chandler", "Detroit"]
+ATTACK = {"first_round": 2, "scale": 4, "accomplices": ["Detroit"]}
+
+
+class BrokenLoader:
+    """A disk that fails when it is read."""
+
+    dataset = ()
+
+    def __iter__(self):
+        raise OSError("disk failure")
+
+
+class Saboteur:
+    """Sends what is not a number, and votes nonsense."""
+
+    def attacks(self, round):
+        return True
+
+    def training_data(self, round, loader):
+        return loader
+
+    def update(self, round, local, reference):
+        return {name: value * float("nan") for name, value in local.items()}
+
+    def vote(self, round, votes):
+        return {"nobody": 7}
+
+
+@pytest.fixture
+def run(experiment, private_attributes, tmp_path, monkeypatch):
+    """Runs the flow with tiny shards of the digits; `changes` are private attributes by name."""
+    from openfl.experimental.workflow.interface import Aggregator, Collaborator
+    from openfl.experimental.workflow.runtime import LocalRuntime
+
+    monkeypatch.chdir(tmp_path)  # metaflow writes into the current folder
+    monkeypatch.setenv("METAFLOW_USER", "tests")
+    tiny = replace(experiment.demo, rounds=2, local_epochs=1, hidden=16)
+
+    def attributes(name, changes):
+        data = {"index": NAMES.index(name), "train_samples": 40, "test_samples": 30}
+        mine = private_attributes.participant(name, data, attack=ATTACK if name == "Detroit" else None)
+        return mine | changes.get(name, {})
+
+    def run_flow(changes=None, **fields):
+        collaborators = [
+            Collaborator(name=n, private_attributes_callable=functools.partial(attributes, n, changes or {}))
+            for n in NAMES
+        ]
+        flow = experiment.FederatedCrowdGuard(replace(tiny, **fields))
+        flow.runtime = LocalRuntime(Aggregator(name="aggregator"), collaborators, backend="single_process")
+        with contextlib.redirect_stdout(io.StringIO()):
+            flow.run()
+        return flow
+
+    return run_flow
+
+
+ROW = {
+    "round", "aggregation", "participants", "main_accuracy", "backdoor_accuracy", "per_participant", "votes",
+    "accepted", "excluded", "attackers", "tpr", "tnr", "failed",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("aggregation", ["CrowdGuard", "FedAvg"])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_exactly_as_many_rows_as_rounds(run, aggregation, rounds):
+    flow = run(aggregation=aggregation, rounds=rounds)
+    assert [row["round"] for row in flow.history] == list(range(1, rounds + 1))
+    assert flow.history == json.loads(json.dumps(flow.history))
+    for row in flow.history:
+        assert row.keys() == ROW
+        assert row["aggregation"] == aggregation
+        assert sorted(row["accepted"] + row["excluded"]) == NAMES
+        assert row["failed"] == {}
+        assert set(row["per_participant"]) == set(NAMES)
+        assert set(row["votes"]) == (set(NAMES) if aggregation == "CrowdGuard" else set())
+        assert 0 <= row["main_accuracy"] <= 1
+    assert flow.error is None
+
+
+def test_ground_truth_scores_the_attacked_round_only(run):
+    first, second = run(aggregation="FedAvg").history
+    assert (first["attackers"], first["tpr"], first["tnr"]) == ([], None, 1)
+    assert (second["attackers"], second["tpr"], second["tnr"]) == (["Detroit"], 0, 1)
+
+
+def test_a_liar_votes_for_itself_alone(run):
+    assert run().history[1]["votes"]["Detroit"] == {name: int(name == "Detroit") for name in NAMES}
+
+
+def test_fed_avg_is_the_mean_of_what_the_participants_trained(experiment, run):
+    """The global model after one round, computed by hand from the same seeds."""
+    flow = run(aggregation="FedAvg", rounds=1, update_dtype="float32")
+    changed = run(aggregation="FedAvg", rounds=1, update_dtype="float32")
+    assert flow.global_model == changed.global_model, "the same seeds, the same model"
+    start = experiment.initial_model(flow.config).state_dict()
+    end = experiment.load(flow.global_model)
+    assert end.keys() == start.keys()
+    assert any(not torch.equal(end[name], start[name]) for name in end)
+
+
+def test_accuracies_are_those_of_the_model_that_the_round_produced(experiment, run, private_attributes):
+    flow = run(aggregation="FedAvg")
+    model = experiment.with_state(experiment.initial_model(flow.config), experiment.load(flow.global_model))
+    data = [{"index": i, "train_samples": 40, "test_samples": 30} for i in range(4)]
+    tests = [private_attributes.participant("A", d)["test_loader"] for d in data]
+    expected = sum(experiment.accuracy(model, test, "cpu") for test in tests) / 4
+    assert flow.history[-1]["main_accuracy"] == pytest.approx(expected)
+
+
+def test_a_participant_whose_data_cannot_be_read_is_reported_and_the_others_go_on(run):
+    history = run({"Bangalore": {"train_loader": BrokenLoader()}}).history
+    assert len(history) == 2
+    for row in history:
+        assert "disk failure" in row["failed"]["Bangalore"]
+        assert "Bangalore" in row["excluded"]
+        assert "Bangalore" not in row["votes"]
+        assert len(row["votes"]) == 3
+
+
+def test_an_update_that_is_not_finite_and_a_malformed_ballot_are_reported_and_left_out(run):
+    row = run({"Chandler": {"adversary": Saboteur()}}, rounds=1).history[0]
+    assert "not finite" in row["failed"]["Chandler"]
+    assert "Chandler" in row["excluded"]
+    assert all("Chandler" not in ballot for ballot in row["votes"].values())
+    assert row["tpr"] == 1
+
+
+def test_if_nobody_delivers_the_global_model_stays(experiment, run):
+    flow = run({name: {"train_loader": BrokenLoader()} for name in NAMES}, rounds=1)
+    assert flow.history[0]["accepted"] == []
+    assert len(flow.history[0]["failed"]) == 4
+    assert flow.global_model == experiment.pack_model(experiment.initial_model(flow.config).state_dict())
+
+
+def test_wrong_settings_name_the_field(experiment):
+    with pytest.raises(ValueError, match="Config.rule: 'best' is not one of paper"):
+        experiment.Config(rule="best")

@@ -1,0 +1,93 @@
+"""Models on the wire, and their average."""
+
+import pytest
+import torch
+from safetensors.torch import save
+
+
+@pytest.fixture
+def state():
+    torch.manual_seed(0)
+    return {"weight": torch.randn(3, 4), "bias": torch.randn(3), "seen": torch.tensor(7)}
+
+
+@pytest.fixture
+def local(state):
+    return {n: v + 0.01 * torch.randn_like(v) if v.is_floating_point() else v + 1 for n, v in state.items()}
+
+
+def test_an_update_in_float32_arrives_as_it_left(experiment, state, local):
+    arrived = experiment.unpack_update(experiment.pack_update(local, state, "float32"), state)
+    for name, value in local.items():
+        torch.testing.assert_close(arrived[name], value, rtol=0, atol=1e-7)
+        assert arrived[name].dtype == value.dtype
+
+
+def test_half_precision_halves_the_bytes_and_keeps_three_digits(experiment):
+    origin = {"w": torch.zeros(10_000)}
+    local = {"w": 0.01 * torch.randn(10_000)}
+    sizes = {dtype: len(experiment.pack_update(local, origin, dtype)) for dtype in ("float32", "float16")}
+    assert sizes["float16"] < 0.51 * sizes["float32"]
+    arrived = experiment.unpack_update(experiment.pack_update(local, origin, "float16"), origin)["w"]
+    assert (arrived - local["w"]).norm() < 1e-3 * local["w"].norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: {**s, "extra": torch.zeros(1)}, "lacks or adds the tensor extra"),
+        (lambda s: {n: v for n, v in s.items() if n != "bias"}, "lacks or adds the tensor bias"),
+        (lambda s: {**s, "bias": torch.zeros(4)}, r"update of bias has shape \(4,\), not \(3,\)"),
+        (lambda s: {**s, "bias": torch.zeros(3, dtype=torch.int64)}, "update of bias has type"),
+        (lambda s: {**s, "seen": torch.tensor(1.0)}, "update of seen has type"),
+        (lambda s: {**s, "bias": torch.tensor([0.0, float("nan"), 0])}, "update of bias is not finite"),
+        (lambda s: {**s, "bias": torch.full((3,), 1e30).half()}, "update of bias is not finite"),
+    ],
+)
+def test_a_hostile_update_is_refused_with_its_reason(experiment, state, change, words):
+    with pytest.raises(ValueError, match=words):
+        experiment.unpack_update(save(change(state)), state)
+
+
+@pytest.mark.parametrize("data", [b"", b"nonsense", b"\x80\x04\x95", None])
+def test_bytes_that_are_no_update_are_refused(experiment, state, data):
+    with pytest.raises(ValueError, match="not safetensors"):
+        experiment.unpack_update(data, state)
+
+
+def test_fed_avg_solved_by_hand(experiment):
+    states = [
+        {"w": torch.tensor([1.0, 4.0]), "n": torch.tensor(3), "h": torch.tensor([1.0], dtype=torch.float16)},
+        {"w": torch.tensor([3.0, 0.0]), "n": torch.tensor(6), "h": torch.tensor([2.0], dtype=torch.float16)},
+        {"w": torch.tensor([5.0, 2.0]), "n": torch.tensor(7), "h": torch.tensor([3.0], dtype=torch.float16)},
+    ]
+    copies = [{name: value.clone() for name, value in state.items()} for state in states]
+    mean = experiment.fed_avg(states)
+    assert mean["w"].tolist() == [3.0, 2.0]
+    assert mean["n"].item() == 5
+    assert mean["n"].dtype == torch.int64
+    assert mean["h"].dtype == torch.float16
+    for state, copy in zip(states, copies, strict=True):
+        assert all(torch.equal(state[name], copy[name]) for name in copy), "none of the arguments is changed"
+
+
+def test_sound_updates_tells_who_failed_and_why(experiment, state, local):
+    good = experiment.pack_update(local, state, "float16")
+    reports = {"A": {"update": good}, "B": {"update": b"?"}, "C": {"failure": "local_update: OSError: disk"}}
+    updates, failed = experiment.sound_updates(reports, state)
+    assert updates == {"A": good}
+    assert "not safetensors" in failed["B"]
+    assert failed["C"] == "local_update: OSError: disk"
+
+
+@pytest.mark.parametrize(
+    "votes", [None, "1", [1, 1], {"A": 1}, {"A": 1, "B": 1, "C": 1}, {"A": 1, "B": 2}, {"A": 1, "B": None}]
+)
+def test_malformed_ballots_are_left_out_and_reported(experiment, votes):
+    ballots, failed = experiment.sound_ballots({"A": {"votes": {"A": 1, "B": 0}}, "B": {"votes": votes}}, ["A", "B"])
+    assert ballots == {"A": {"A": 1, "B": 0}}
+    assert list(failed) == ["B"]
+
+
+def test_nobody_trusted_keeps_the_global_model(experiment, state):
+    assert experiment.next_global_model(state, {}, []) is state
