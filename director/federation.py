@@ -123,7 +123,7 @@ class Federation:
 
     def __exit__(self, kind, error, trace):
         self.stop()
-        if error is None:
+        if kind is not SystemExit:  # which says that something went wrong, and whose log to read
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def start(self):
