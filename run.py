@@ -72,7 +72,7 @@ def execute(notebook, output: Path | None) -> None:
 
 
 def show(history: Path) -> None:
-    rows = pd.DataFrame(json.loads(history.read_text())["CrowdGuard"]).set_index("round")
+    rows = pd.DataFrame(json.loads(history.read_text())["federation"]).set_index("round")
     rows["excluded"] = rows["excluded"].map(lambda names: ", ".join(names) or "-")
     print(rows[["main_accuracy", "backdoor_accuracy", "excluded", "tpr", "tnr"]].round(3).to_string(na_rep="-"))
 
@@ -91,6 +91,7 @@ def main():
         notebook.cells = [cell for cell in notebook.cells if exported(cell) or tagged(cell, "workspace")]
         execute(notebook, None)
         return
+    args.results = args.results.resolve()
     args.results.mkdir(parents=True, exist_ok=True)
     os.environ["CROWDGUARD_RESULTS"] = str(args.results)
     output = args.results / NOTEBOOK.name

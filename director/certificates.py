@@ -72,8 +72,17 @@ def certificate_authority(folder: Path, days: int):
     return name, key
 
 
+def still_good(path: Path, host: str | None) -> bool:
+    """Whether the certificate is there, not about to expire, and, if it is the director's, for that host."""
+    if not path.exists():
+        return False
+    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
+    return left > datetime.timedelta(days=1) and certificate.subject == common_name(host or path.stem)
+
+
 def make_certificates(folder: Path, director: str, participants: list[str], days: int = 365) -> None:
-    """Writes what is not there yet: CA, `director`, `experimenter` and every participant.
+    """Writes what is not there yet or has expired: CA, `director`, `experimenter` and every participant.
 
     Args:
         director: host name or address under which the director is reached.
@@ -85,7 +94,7 @@ def make_certificates(folder: Path, director: str, participants: list[str], days
     hosts = dict.fromkeys([director, "localhost", "127.0.0.1"])
     server = x509.SubjectAlternativeName([alternative_name(host) for host in hosts])
     for file, name in [("director", director), ("experimenter", "experimenter"), *((p, p) for p in participants)]:
-        if (folder / f"{file}.crt").exists():
+        if still_good(folder / f"{file}.crt", director if file == "director" else None):
             continue
         key = ec.generate_private_key(ec.SECP256R1())
         identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())

@@ -105,6 +105,7 @@ class Federation:
             "CROWDGUARD_AGGREGATOR_PORT": str(aggregator_port),
             "CROWDGUARD_CERTIFICATES": str(self.folder / "certificates"),
             "CROWDGUARD_ENVOYS": str(self.folder / "envoys"),
+            "CROWDGUARD_WORKSPACE": str(self.folder / "workspace" / "generated_workspace"),
             "HOME": str(self.folder / "home"),
             "MPLCONFIGDIR": str(ROOT / ".federation" / "matplotlib"),  # its font cache takes long to make
             "METAFLOW_USER": "experimenter",
@@ -144,10 +145,10 @@ class Federation:
             self.wait_for(name, lambda name=name: "is connected to the director" in self.log(name).read_text())
 
     def start_director(self, certificates):
-        host, port = self.address.split(":")
+        port = int(self.address.split(":")[1])
         file = self.folder / "director.yaml"
         period = yaml.safe_load((ROOT / "director" / "director.yaml").read_text())["envoy_health_check_period"]
-        file.write_text(yaml.safe_dump({"host": host, "port": int(port), "envoy_health_check_period": period}))
+        file.write_text(yaml.safe_dump({"port": port, "envoy_health_check_period": period}))
         self.spawn("director", [ROOT / "director" / "start.py", file, "--certificates", certificates])
         self.wait_for("director", self.director_listens)
 
@@ -183,6 +184,8 @@ class Federation:
 
     def check(self) -> None:
         """Raises `SystemExit` that shows the end of the log if a process has died."""
+        if self.guardian.poll() is not None:
+            raise SystemExit("the guardian has died, which takes the federation down")
         for name, process in self.processes.items():
             if process.poll() is not None:
                 end = "\n".join(self.log(name).read_text().splitlines()[-5:])

@@ -5,6 +5,7 @@ them with their descendants, and removes the folder named as its argument (throw
 """
 
 import contextlib
+import os
 import shutil
 import signal
 import sys
@@ -15,7 +16,7 @@ GRACE = 5  # seconds between asking and forcing
 
 
 def end_trees(pids: list[int]) -> None:
-    """Ends the processes and all their descendants."""
+    """Ends the processes with their groups and all their descendants."""
     doomed = []
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -27,6 +28,9 @@ def end_trees(pids: list[int]) -> None:
     for process in psutil.wait_procs(doomed, GRACE)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    for pid in pids:  # each leads a group of its own, in which there may be some whose parent has ended
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -14,19 +14,21 @@ from pathlib import Path
 
 import yaml
 
-KEYS = {"host": str, "port": int, "envoy_health_check_period": int}
+KEYS = {"port": int, "envoy_health_check_period": int}
 
 
 def read_config(path: Path) -> dict:
     """The director's settings, or `SystemExit` with one line that names file and key."""
     try:
-        config = yaml.safe_load(path.read_text()) or {}
+        config = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise SystemExit(f"{path}: {' '.join(str(error).split())}") from None
-    if odd := config.keys() ^ KEYS.keys():
-        raise SystemExit(f"{path}: {min(odd)}: {'missing' if min(odd) in KEYS else 'unknown key'}")
+    if not isinstance(config, dict):
+        raise SystemExit(f"{path}: must hold the keys {', '.join(KEYS)}")
+    if odd := sorted(map(str, config.keys() ^ KEYS.keys())):
+        raise SystemExit(f"{path}: {odd[0]}: {'missing' if odd[0] in KEYS else 'unknown key'}")
     for key, kind in KEYS.items():
-        if not isinstance(config[key], kind):
+        if type(config[key]) is not kind:
             raise SystemExit(f"{path}: {key}: {config[key]!r} is not of type {kind.__name__}")
     return config
 
@@ -65,14 +67,34 @@ def main():
             raise SystemExit(f"{file} is missing: python director/certificates.py makes it")
     os.environ.setdefault("METAFLOW_USER", "director")  # metaflow fails without a user name
 
+    import grpc
     from openfl.experimental.workflow.component.director import Director, director, experiment
     from openfl.experimental.workflow.transport import DirectorGRPCServer
+
+    class Gate(DirectorGRPCServer):
+        """The director's server, which lets nobody pass for somebody else: OpenFL looks at no certificate's name."""
+
+        async def require(self, name, context):
+            if self.get_caller(context) != name:
+                await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"this is for the certificate of {name} alone")
+
+        async def EnvoyConnectionRequest(self, request, context):
+            await self.require(request.envoy_name, context)
+            return super().EnvoyConnectionRequest(request, context)
+
+        async def SetNewExperiment(self, stream, context):
+            await self.require("experimenter", context)
+            return await super().SetNewExperiment(stream, context)
+
+        async def GetFlowState(self, request, context):
+            await self.require("experimenter", context)
+            return await super().GetFlowState(request, context)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     # It says every second what it waits for; the experiment itself says so every ten.
     logging.getLogger("openfl.experimental.workflow.component.aggregator").setLevel(logging.WARNING)
     director.asyncio = experiment.asyncio = ShortNaps()
-    DirectorGRPCServer(
+    Gate(
         director_cls=Director,
         director_config=args.config.absolute(),
         root_certificate=files["ca.crt"],

@@ -34,19 +34,21 @@ class Strict(BaseModel):
 class Data(Strict):
     """Which images, and which share of them. All participants must agree on everything but `index`."""
 
-    source: Literal["digits", "cifar10", "image_folder"] = "digits"
+    source: str = "digits"
     folder: Path | None = None
-    participants: int = Field(4, ge=1)
+    participants: int = Field(4, ge=1, le=10_000)
     index: int = Field(0, ge=0)
     partition: Literal["iid", "dirichlet"] = "iid"
     alpha: float = Field(0.5, gt=0)
     seed: int = Field(10, ge=0)
     train_samples: int | None = Field(None, ge=1)
     test_samples: int | None = Field(None, ge=1)
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, le=100_000)
 
     @model_validator(mode="after")
     def consistent(self):
+        if self.source not in SOURCES:
+            raise ValueError(f"source: {self.source!r} is not one of {', '.join(SOURCES)}")
         if self.index >= self.participants:
             raise ValueError(f"index: {self.index} must be smaller than participants ({self.participants})")
         if self.source != "digits" and self.folder is None:
@@ -72,7 +74,7 @@ class Settings(Strict):
     name: str = Field(pattern=r"^[A-Za-z][\w-]*$")
     director: str = Field(pattern=r"^[\w.-]+:\d+$")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    data: Data = Data()
+    data: Data = Field(default_factory=Data)
     backdoor_target: int = Field(2, ge=0)
     attack: Attack | None = None
 
@@ -174,23 +176,28 @@ def partition(labels, participants: int, alpha: float | None, seed: int) -> list
                 part.extend(share)
         if min(map(len, parts)) >= 10:
             return [np.sort(part) for part in parts]
-    raise ValueError(f"alpha: {alpha} leaves one of {participants} participants with fewer than 10 images")
+    raise ValueError(f"data.alpha: {alpha} leaves one of {participants} participants with fewer than 10 images")
 
 
-def shard(data: Data, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """This participant's training or test images and labels. Test images are always split IID."""
+def shard(data: Data, train: bool, target: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """This participant's training or test images and labels. Test images are always split IID.
+
+    Raises: `ValueError` that begins with the key at fault, also if there is no class `target` in the whole of the data.
+    """
     folder = data.folder and data.folder.expanduser()
     limit = data.train_samples if train else data.test_samples
     alpha = data.alpha if train and data.partition == "dirichlet" else None
     try:
         labels, read = SOURCES[data.source](folder, train)
+        if target not in labels:
+            raise ValueError(f"backdoor_target: there is no class {target}, only 0 to {labels.max()}")
         mine = partition(labels, data.participants, alpha, data.seed)[data.index]
         mine = np.sort(np.random.default_rng([data.seed, data.index]).permutation(mine)[:limit])
         if not len(mine):
-            raise ValueError(f"participants: {data.participants} are too many for {len(labels)} images")
+            raise ValueError(f"data.participants: {data.participants} are too many for {len(labels)} images")
         return read(mine), torch.from_numpy(labels[mine]).long()
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"folder: {' '.join(str(error).split())}") from error
+        raise ValueError(f"data.folder: {' '.join(str(error).split())}") from error
 
 
 def as_loader(images, labels, batch_size: int, shuffle: bool = False) -> DataLoader:
@@ -253,10 +260,14 @@ class Backdoor:
 
 
 def pick_device(name: str) -> str:
-    """`auto` becomes the fastest device that is there."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """`auto` becomes the fastest device that is there; `ValueError` if the named one is not."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: {name} is not there: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def run_new_code():
@@ -277,7 +288,7 @@ def participant(name: str, data: dict, backdoor_target: int = 2, attack: dict | 
     """
     run_new_code()
     data = Data.model_validate(data)
-    train, test = shard(data, train=True), shard(data, train=False)
+    train, test = (shard(data, train, backdoor_target) for train in (True, False))
     others = test[1] != backdoor_target
     backdoor = add_trigger(test[0][others]), torch.full_like(test[1][others], backdoor_target)
     adversary = None

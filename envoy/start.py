@@ -49,7 +49,7 @@ def main():
     try:
         private_attributes.participant(**config[settings.name]["callable_func"]["settings"])
     except ValueError as error:
-        raise SystemExit(f"{args.settings}: data.{error}") from None
+        raise SystemExit(f"{args.settings}: {error}") from None
     names = ("ca.crt", f"{settings.name}.crt", f"{settings.name}.key")
     root, certificate, key = ((args.certificates / name).absolute() for name in names)
     for file in (root, certificate, key):

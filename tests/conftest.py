@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nbdev.export import nb_export
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -23,10 +22,11 @@ def load_module(name: str, path: Path):
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory) -> Path:
-    """The file that participants receive, exported as OpenFL does it."""
+    """The file that participants receive, exported by OpenFL."""
+    from openfl.experimental.workflow.notebooktools import CodeAnalyzer
+
     folder = tmp_path_factory.mktemp("exported")
-    nb_export(ROOT / "FederatedCrowdGuard.ipynb", folder)
-    return folder / "experiment.py"
+    return CodeAnalyzer(ROOT / "FederatedCrowdGuard.ipynb", folder).script_path
 
 
 @pytest.fixture(scope="session")

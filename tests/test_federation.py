@@ -95,5 +95,25 @@ def test_an_envoy_that_cannot_start_ends_it_all_and_says_whose_log_to_read():
     [(["--malicious", "4"], "--malicious 4"), (["--set", "data"], "--set data: must be key=value")],
 )
 def test_wrong_arguments_are_refused_before_anything_starts(arguments, words):
-    output = launch(*arguments, "--", "true").communicate(timeout=60)[0]
-    assert words in output
+    running = launch(*arguments, "--", "true")
+    assert words in running.communicate(timeout=60)[0]
+    assert running.returncode == 1
+
+
+def test_the_director_certificate_follows_the_host(tmp_path):
+    certificates.make_certificates(tmp_path, "localhost", ["Amsterdam"])
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    certificates.make_certificates(tmp_path, "director.example.org", ["Amsterdam"])
+    changed = {file.name for file in tmp_path.iterdir() if file.read_bytes() != before[file.name]}
+    assert changed == {"director.crt", "director.key"}
+
+
+@pytest.mark.parametrize("text", ["[]", "", "port: yes", "port: 1\nenvoy_health_check_period: 5\nhost: x", "1: 2"])
+def test_a_wrong_director_yaml_ends_the_director_with_one_line(tmp_path, text):
+    path = tmp_path / "director.yaml"
+    path.write_text(text)
+    command = [sys.executable, ROOT / "director" / "start.py", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "director.yaml: " in done.stderr

@@ -100,15 +100,21 @@ def test_a_liar_votes_for_itself_alone(run):
     assert run().history[1]["votes"]["Detroit"] == {name: int(name == "Detroit") for name in NAMES}
 
 
-def test_fed_avg_is_the_mean_of_what_the_participants_trained(experiment, run):
+def test_fed_avg_is_the_mean_of_what_the_participants_trained(experiment, private_attributes, run):
     """The global model after one round, computed by hand from the same seeds."""
     flow = run(aggregation="FedAvg", rounds=1, update_dtype="float32")
-    changed = run(aggregation="FedAvg", rounds=1, update_dtype="float32")
-    assert flow.global_model == changed.global_model, "the same seeds, the same model"
-    start = experiment.initial_model(flow.config).state_dict()
-    end = experiment.load(flow.global_model)
-    assert end.keys() == start.keys()
-    assert any(not torch.equal(end[name], start[name]) for name in end)
+    model = experiment.initial_model(flow.config)
+    start, total = model.state_dict(), None
+    for index, name in enumerate(NAMES):
+        data = {"index": index, "train_samples": 40, "test_samples": 30}
+        loader = private_attributes.participant(name, data)["train_loader"]
+        mine = experiment.with_state(model, start)
+        torch.manual_seed(experiment.seed_of(flow.config, 1, name))
+        experiment.train(mine, loader, flow.config, "cpu")
+        state = mine.state_dict()
+        total = state if total is None else {key: total[key] + state[key] for key in state}
+    for key, value in experiment.load(flow.global_model).items():
+        torch.testing.assert_close(value, total[key] / 4, rtol=1e-4, atol=1e-6)
 
 
 def test_accuracies_are_those_of_the_model_that_the_round_produced(experiment, run, private_attributes):
@@ -145,6 +151,21 @@ def test_if_nobody_delivers_the_global_model_stays(experiment, run):
     assert flow.global_model == experiment.pack_model(experiment.initial_model(flow.config).state_dict())
 
 
-def test_wrong_settings_name_the_field(experiment):
-    with pytest.raises(ValueError, match="Config.rule: 'best' is not one of paper"):
-        experiment.Config(rule="best")
+@pytest.mark.parametrize(
+    ("field", "value"), [("rule", "best"), ("rounds", 0), ("learning_rate", -1), ("validation_samples", "None")]
+)
+def test_wrong_settings_name_the_field(experiment, field, value):
+    with pytest.raises(ValueError, match=field):
+        experiment.Config(**{field: value})
+
+
+def test_a_failing_measurement_is_reported(run):
+    row = run({"Amsterdam": {"test_loader": BrokenLoader()}}, rounds=1).history[0]
+    assert "disk failure" in row["failed"]["Amsterdam"]
+    assert row["per_participant"]["Amsterdam"]["main_accuracy"] is None
+    assert 0 <= row["main_accuracy"] <= 1
+
+
+def test_without_attackers_there_is_no_ground_truth(run):
+    row = run({"Detroit": {"adversary": None}}, rounds=1).history[0]
+    assert (row["tpr"], row["tnr"]) == (None, None)

@@ -146,6 +146,8 @@ def start_envoy(path):
         ({"data": {"partition": "dirichlet", "alpha": 0.0001, "participants": 12}}, "wrong.yaml: data.alpha: "),
         ({"data": {"participants": 9999, "index": 9998}}, "wrong.yaml: data.participants: "),
         ({"director": "localhost"}, "wrong.yaml: director: "),
+        ({"device": "cuda:77"}, "wrong.yaml: device: "),
+        ({"backdoor_target": 12}, "wrong.yaml: backdoor_target: "),
     ],
 )
 def test_a_wrong_yaml_ends_the_envoy_with_one_line(tmp_path, change, words):
@@ -168,8 +170,16 @@ def test_a_class_without_images_ends_the_envoy_with_one_line(tmp_path, image_tre
     assert "bee" in line
 
 
-def test_no_yaml_and_no_director(tmp_path):
+def test_no_yaml_no_certificates_and_no_director(tmp_path):
     assert "there is no such file" in start_envoy(tmp_path / "none.yaml")[1]
+    path = tmp_path / "right.yaml"
+    path.write_text(yaml.safe_dump({"name": "Amsterdam", "director": "localhost:1"}))
+    assert "ca.crt is missing" in start_envoy(path)[1]
+    certificates = tmp_path / "certificates"
+    certificates.mkdir()
+    for file in ("ca.crt", "Amsterdam.crt", "Amsterdam.key"):
+        (certificates / file).touch()
+    assert "right.yaml: director: nobody answers at localhost:1" in start_envoy(path)[1]
 
 
 def test_importing_does_nothing(tmp_path):

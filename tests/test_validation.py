@@ -209,7 +209,21 @@ def test_a_voter_whose_own_model_is_broken_names_the_broken_ones_only(experiment
 )
 def test_stacked_clustering_solved_by_hand(experiment, votes, accepted):
     assert experiment.stacked_clustering(votes).tolist() == accepted
-    assert experiment.stacked_clustering(votes[::-1]).tolist() == accepted, "the order of voters decides nothing"
+
+
+def test_no_order_of_voters_or_models_decides_anything(experiment):
+    """Six voters, each accusing one or two: most of these ballots have ties somewhere."""
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        votes = (rng.random((6, 6)) > 0.25).astype(int)
+        voters, models = rng.permutation(6), rng.permutation(6)
+        accepted = experiment.stacked_clustering(votes)
+        np.testing.assert_array_equal(experiment.stacked_clustering(votes[voters][:, models]), accepted[models])
+
+
+def test_a_cycle_of_accusations_throws_nobody_out(experiment):
+    votes = 1 - np.roll(np.eye(4, dtype=int), 1, axis=1)
+    assert experiment.stacked_clustering(votes).tolist() == [True] * 4
 
 
 def test_nobody_votes_nobody_is_trusted(experiment):
