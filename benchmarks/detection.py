@@ -3,19 +3,27 @@
     python benchmarks/detection.py ~/cifar10                 # all settings, five seeds; continues where it was stopped
     python benchmarks/detection.py ~/cifar10 --table         # the table and the heat map of what is there
 
-A round starts from a global model that was trained once on 10,000 images which no participant holds. Every rule judges
-the same updates. One line a setting, seed and rule goes to `benchmarks/detection.csv` as soon as it is known.
+A round starts from a global model that was trained once on 10,000 images which no participant holds. All rules judge
+the same updates, and so does the published rule with the reference of the published notebook, a net that was never
+trained. One line a setting, seed and rule goes to `benchmarks/detection.csv` as soon as it is known.
 """
 
+import argparse
 import copy
-from dataclasses import dataclass, replace
+import csv
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from common import ROOT, load_experiment, private_attributes
 from tqdm import tqdm
 
+matplotlib.use("Agg")
 experiment = load_experiment()
 
 WARM_UP_IMAGES = 10_000
@@ -24,7 +32,6 @@ IMAGES = 500  # a participant's
 INSPECTED = 128  # images on which a participant inspects the models
 TEST_IMAGES = 2_000
 TARGET = 2
-SEEDS = range(5)
 RESULTS = ROOT / "benchmarks" / "detection.csv"
 
 
@@ -153,3 +160,142 @@ def inspect(played: Round, reference, seed: int) -> list:
         mine = private_attributes.as_loader(pixels[chosen], labels[chosen], 64)
         views.append(experiment.hidden_distances(reference, played.models, mine, "cpu"))
     return views
+
+
+def ballots(views: list, played: Round, setting: Setting, rule: str) -> np.ndarray:
+    """Votes `(voter, model)`, 1 for benign; false voters vote for the attackers and against everybody else."""
+    rows = []
+    for voter, (distances, labels) in enumerate(views):
+        found = experiment.verdict(distances, labels, voter, rule)
+        if voter in played.attackers and setting.false_votes:
+            found = set(range(len(views))) - played.attackers
+        rows.append([int(model not in found) for model in range(len(views))])
+    return np.array(rows)
+
+
+def judge(accepted, played: Round, test, backdoor) -> dict:
+    """Scores of one verdict."""
+    honest = [m for m in range(len(accepted)) if m not in played.attackers]
+    measured = measure(played, np.flatnonzero(accepted), test, backdoor)
+    return {
+        "tpr": np.mean([not accepted[m] for m in played.attackers]) if played.attackers else None,
+        "tnr": np.mean([accepted[m] for m in honest]),
+    } | dict(zip(("main", "backdoor"), measured, strict=True))
+
+
+def measure(played: Round, accepted, test, backdoor) -> tuple[float, float]:
+    """Main-task and backdoor accuracy of the average of the accepted models; of the old global model without any."""
+    states = [played.models[m].state_dict() for m in accepted] or [played.global_model.state_dict()]
+    model = experiment.with_state(played.global_model, experiment.fed_avg(states))
+    return experiment.accuracy(model, test, "cpu"), experiment.accuracy(model, backdoor, "cpu")
+
+
+def rows_of(images, setting: Setting, seed: int, cache: Path):
+    """One row a rule, and one each for plain FedAvg and for the oracle that averages the honest models alone."""
+    started = time.perf_counter()
+    global_model = warm_model(images, setting, cache)
+    played = play(images, global_model, setting, seed)
+    pixels, labels = images["test_images"][:TEST_IMAGES].float() / 255, images["test_labels"][:TEST_IMAGES]
+    others = labels != TARGET
+    triggered = private_attributes.add_trigger(pixels[others])
+    test = private_attributes.as_loader(pixels, labels, 256)
+    backdoor = private_attributes.as_loader(triggered, torch.full_like(labels[others], TARGET), 256)
+    random = experiment.initial_model(replace(experiment.demo, hidden=setting.hidden, width=setting.width, seed=seed))
+    views = {"G": inspect(played, global_model, seed), "random": inspect(played, random, seed)}
+    judged = {rule: (rule, "G") for rule in experiment.RULES} | {"paper, random reference": ("paper", "random")}
+    verdicts = {
+        name: experiment.stacked_clustering(ballots(views[reference], played, setting, rule))
+        for name, (rule, reference) in judged.items()
+    }
+    verdicts["plain FedAvg"] = np.ones(setting.participants, dtype=bool)
+    verdicts["oracle"] = np.array([m not in played.attackers for m in range(setting.participants)])
+    for name, accepted in verdicts.items():
+        scores = judge(accepted, played, test, backdoor)
+        seconds = round(time.perf_counter() - started, 1)
+        yield asdict(setting) | {"seed": seed, "rule": name} | scores | {"seconds": seconds}
+
+
+# --- All of them ----------------------------------------------------------------------------------------------
+
+
+def run(folder: Path, seeds, limit: int | None) -> None:
+    """Appends what is missing in the CSV, hard corners and base setting alike, seed after seed."""
+    cache = Path(__file__).parent / "cache"
+    images = load_images(folder, cache / "cifar10.pt")
+    points = [(seed, setting) for seed in seeds for setting in settings()]
+    known = finished()
+    missing = [(seed, setting) for seed, setting in points if key(asdict(setting) | {"seed": seed}) not in known]
+    for seed, setting in tqdm(missing[:limit], desc="settings x seeds"):
+        append(list(rows_of(images, setting, seed, cache)))
+
+
+def key(row: dict) -> tuple:
+    """What tells one round from another."""
+    alpha = row["alpha"] if row["alpha"] and not pd.isna(row["alpha"]) else None
+    return tuple(row[name] for name in asdict(Setting()) if name != "alpha") + (alpha, row["seed"])
+
+
+def finished() -> set[tuple]:
+    if not RESULTS.exists():
+        return set()
+    return {key(row) for row in pd.read_csv(RESULTS).to_dict("records")}
+
+
+def append(rows: list[dict]) -> None:
+    """All rows of one round at once, so that a round is in the file either whole or not at all."""
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def label(row) -> str:
+    partition = "IID" if pd.isna(row.alpha) else f"Dirichlet {row.alpha:g}"
+    attack = f"PMR {row.pmr:g}, PDR {row.pdr:g}, {'scaled' if row.scaled else 'unscaled'}" if row.pmr else "no attack"
+    return f"{row.participants:2d} participants, {partition}, {attack}" + ("" if row.false_votes else ", honest votes")
+
+
+def table() -> pd.DataFrame:
+    """Mean and half of the 95 % interval over the seeds, a line a setting and rule."""
+    rows = pd.read_csv(RESULTS)
+    rows["setting"] = [label(row) for row in rows.itertuples()]
+    groups = rows.groupby(["setting", "rule"], sort=False)[["tpr", "tnr", "main", "backdoor"]]
+    count = groups.count().clip(lower=1)
+    return pd.concat({"mean": groups.mean(), "±": 1.96 * groups.std() / np.sqrt(count)}, axis=1).round(3)
+
+
+def heat_map(summary: pd.DataFrame, path: Path) -> None:
+    """TPR and TNR of every setting and rule."""
+    means = summary["mean"].drop(index=["plain FedAvg", "oracle"], level="rule")
+    figure, axes = plt.subplots(
+        1, 2, figsize=(13, 1.5 + 0.28 * len(means.unstack())), sharey=True, layout="constrained"
+    )
+    for axis, score in zip(axes, ("tpr", "tnr"), strict=True):
+        values = means[score].unstack("rule", sort=False)
+        axis.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        axis.set_xticks(range(values.shape[1]), values.columns)
+        axis.set_yticks(range(values.shape[0]), values.index, fontsize=8)
+        axis.set_title(score.upper())
+        for (row, column), value in np.ndenumerate(values):
+            axis.text(column, row, "–" if np.isnan(value) else f"{value:.0%}", ha="center", va="center", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="train/<class>/… and test/<class>/…")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--limit", type=int, help="stop after so many rounds")
+    parser.add_argument("--table", action="store_true", help="run nothing, show what is there")
+    args = parser.parse_args()
+    if not args.table:
+        run(args.folder.expanduser(), range(args.seeds), args.limit)
+    summary = table()
+    print(summary.to_string())
+    heat_map(summary, RESULTS.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
