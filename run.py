@@ -86,6 +86,9 @@ def main():
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("papermill").addFilter(worth_showing)
+    for place in ("CROWDGUARD_CERTIFICATES", "CROWDGUARD_ENVOYS", "CROWDGUARD_WORKSPACE"):
+        if place in os.environ:  # the notebook runs in its own folder, not in the caller's
+            os.environ[place] = str(Path(os.environ[place]).resolve())
     notebook = with_settings(nbformat.read(NOTEBOOK, as_version=4), args.config, [parse_change(t) for t in args.set])
     if args.export:
         notebook.cells = [cell for cell in notebook.cells if exported(cell) or tagged(cell, "workspace")]
