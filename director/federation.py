@@ -9,6 +9,7 @@ for all participants. Everything is taken down again when the command ends, on C
 import argparse
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -208,7 +209,13 @@ class Federation:
             self.guardian = None
 
 
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
 def main():
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
+        signal.signal(number, interrupt)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--participants", type=int, default=4)
     parser.add_argument("--malicious", type=int, default=1)

@@ -55,17 +55,27 @@ def test_certificates_carry_the_names_and_stay_private(tmp_path):
     x509.load_pem_x509_certificate((tmp_path / "Late.crt").read_bytes()).verify_directly_issued_by(authority)
 
 
-def launch(*arguments):
-    command = [sys.executable, LAUNCHER, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.fixture
+def launch():
+    """Starts the launcher; whatever a failing test leaves is killed."""
+    running = []
+
+    def start(*arguments):
+        command = [sys.executable, LAUNCHER, *arguments]
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
 
 
 def gone(processes, seconds=30):
     return not psutil.wait_procs(processes, timeout=seconds)[1]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_nothing_is_left_running(how):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_running(launch, how):
     running = launch("--participants", "2", "--malicious", "0", "--", "sh", "-c", "echo working; sleep 600")
     assert "2 participants are online" in running.stdout.readline()
     assert "working" in running.stdout.readline()
@@ -76,7 +86,7 @@ def test_nothing_is_left_running(how):
     running.wait(timeout=10)
 
 
-def test_an_envoy_that_cannot_start_ends_it_all_and_says_whose_log_to_read():
+def test_an_envoy_that_cannot_start_ends_it_all_and_says_whose_log_to_read(launch):
     running = launch("--set", "attack.pdr=1.5", "--", sys.executable, "-c", "raise SystemExit('must not run')")
     descendants = []
     while running.poll() is None and len(descendants) < 3:
@@ -94,7 +104,7 @@ def test_an_envoy_that_cannot_start_ends_it_all_and_says_whose_log_to_read():
     ("arguments", "words"),
     [(["--malicious", "4"], "--malicious 4"), (["--set", "data"], "--set data: must be key=value")],
 )
-def test_wrong_arguments_are_refused_before_anything_starts(arguments, words):
+def test_wrong_arguments_are_refused_before_anything_starts(launch, arguments, words):
     running = launch(*arguments, "--", "true")
     assert words in running.communicate(timeout=60)[0]
     assert running.returncode == 1
