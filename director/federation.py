@@ -112,7 +112,7 @@ class Federation:
             "METAFLOW_USER": "experimenter",
             "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait take the cores from the other processes
         }
-        self.processes = {}
+        self.processes, self.guarded = {}, []
         self.guardian = None
 
     def __enter__(self):
@@ -173,6 +173,7 @@ class Federation:
         self.guard(self.processes[name])
 
     def guard(self, process) -> None:
+        self.guarded.append(process)
         print(process.pid, file=self.guardian.stdin, flush=True)
 
     def wait_for(self, name: str, ready) -> None:
@@ -202,9 +203,14 @@ class Federation:
         return running.returncode
 
     def stop(self) -> None:
-        """Has the guardian end everything."""
+        """Has the guardian end everything, or does so itself if the guardian is gone."""
         if self.guardian:
             self.guardian.stdin.close()
+            for process in self.guarded:
+                try:
+                    process.wait(timeout=30)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
             self.guardian.wait()
             self.guardian = None
 
