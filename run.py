@@ -64,11 +64,14 @@ def execute(notebook, output: Path | None) -> None:
         nbformat.write(notebook, copy)
         os.environ["CROWDGUARD_NOTEBOOK"] = str(copy)  # so that the copy's settings reach the envoys
         try:
-            papermill.execute_notebook(copy, output, cwd=NOTEBOOK.parent, log_output=True, progress_bar=False)
+            running = output and output.with_suffix(".failed.ipynb")  # an earlier result stays until there is a new one
+            papermill.execute_notebook(copy, running, cwd=NOTEBOOK.parent, log_output=True, progress_bar=False)
         except papermill.PapermillExecutionError as error:
             raise SystemExit(
-                f"cell {error.cell_index}: {error.ename}: {error.evalue}\nsee {output or NOTEBOOK}"
+                f"cell {error.cell_index}: {error.ename}: {error.evalue}\nsee {running or NOTEBOOK}"
             ) from None
+    if running:
+        running.replace(output)
 
 
 def show(history: Path) -> None:
@@ -81,7 +84,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", choices=("demo", "published"), default="demo", help="the notebook's named settings")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one field of them")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=Path, default=Path(os.environ.get("CROWDGUARD_RESULTS", "results")))
     parser.add_argument("--export", action="store_true", help="only write generated_workspace/")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)

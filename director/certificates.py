@@ -10,6 +10,7 @@ import argparse
 import datetime
 import ipaddress
 import os
+import re
 from pathlib import Path
 
 from cryptography import x509
@@ -81,6 +82,12 @@ def still_good(path: Path, host: str | None) -> bool:
     return left > datetime.timedelta(days=1) and certificate.subject == common_name(host or path.stem)
 
 
+def check_name(name: str) -> None:
+    """`SystemExit` if no envoy may have the name: the last three are not participants' to have."""
+    if not re.fullmatch(r"[A-Za-z][\w-]*", name) or name in ("ca", "director", "experimenter"):
+        raise SystemExit(f"{name!r} cannot be a participant: a name is letters, digits, - and _, and not one of ours")
+
+
 def make_certificates(folder: Path, director: str, participants: list[str], days: int = 365) -> None:
     """Writes what is not there yet or has expired: CA, `director`, `experimenter` and every participant.
 
@@ -88,6 +95,8 @@ def make_certificates(folder: Path, director: str, participants: list[str], days
         director: host name or address under which the director is reached.
         participants: envoy names; OpenFL compares them with the certificates' common names.
     """
+    for name in participants:
+        check_name(name)
     folder.mkdir(parents=True, exist_ok=True)
     ca_name, ca_key = certificate_authority(folder, days)
     usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])

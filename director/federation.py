@@ -43,8 +43,10 @@ def parse_override(text: str) -> tuple[list[str], object]:
     key, equals, value = text.partition("=")
     if not equals:
         raise SystemExit(f"--set {text}: must be key=value, as in data.source=image_folder")
+    if key in ("name", "director", "data", "attack", "data.index", "data.participants") or key.count(".") > 1:
+        raise SystemExit(f"--set {text}: {key} is not one setting for all participants")
     if key == "data.folder":
-        value = str(Path(value).expanduser().absolute())
+        return key.split("."), str(Path(value).expanduser().absolute())
     return key.split("."), yaml.safe_load(value)
 
 
@@ -59,6 +61,8 @@ def participant_settings(participants: int, malicious: int, director: str, overr
         attack = mine.pop("attack", None)
         mine |= {"name": name, "director": director}
         mine["data"] |= {"index": index, "participants": participants}
+        if mine["data"].get("folder"):  # seen from here, not from the envoy's own folder and HOME
+            mine["data"]["folder"] = str(Path(mine["data"]["folder"]).expanduser().absolute())
         if name in attackers:
             attack = attack or yaml.safe_load((ROOT / "envoy" / "Detroit.yaml").read_text())["attack"]
             mine["attack"] = attack | {"scale": participants / malicious, "accomplices": attackers}
@@ -229,6 +233,8 @@ def main():
     parser.add_argument("command", nargs="+", help="command to run beside the federation, after --")
     args = parser.parse_args()
     overrides = [parse_override(text) for text in args.set]
+    if not shutil.which(args.command[0]):
+        raise SystemExit(f"there is no command {args.command[0]}")
     try:
         with Federation(args.participants, args.malicious, overrides) as federation:
             print(f"{len(federation.settings)} participants are online; logs: {federation.folder / 'logs'}", flush=True)

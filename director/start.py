@@ -94,7 +94,7 @@ def main():
     # It says every second what it waits for; the experiment itself says so every ten.
     logging.getLogger("openfl.experimental.workflow.component.aggregator").setLevel(logging.WARNING)
     director.asyncio = experiment.asyncio = ShortNaps()
-    Gate(
+    server = Gate(
         director_cls=Director,
         director_config=args.config.absolute(),
         root_certificate=files["ca.crt"],
@@ -104,7 +104,11 @@ def main():
         listen_port=config["port"],
         envoy_health_check_period=config["envoy_health_check_period"],
         install_requirements=False,  # an experiment does not change this machine's packages
-    ).start()
+    )
+    try:
+        server.start()
+    except KeyboardInterrupt:
+        os._exit(130)  # OpenFL's threads would go on
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def main():
     os.environ.setdefault("METAFLOW_USER", settings.name)  # metaflow fails without a user name
     written = Path(f"{settings.name}.openfl.yaml").absolute()
     written.write_text(yaml.safe_dump(config))
-    Envoy(
+    envoy = Envoy(
         envoy_name=settings.name,
         director_host=host,
         director_port=port,
@@ -72,7 +72,11 @@ def main():
         certificate=certificate,
         private_key=key,
         install_requirements=False,  # an experiment does not change this machine's packages
-    ).start()
+    )
+    try:
+        envoy.start()
+    except KeyboardInterrupt:
+        os._exit(130)  # OpenFL's health check would go on, and the director count on this envoy
 
 
 if __name__ == "__main__":

@@ -102,12 +102,25 @@ def test_an_envoy_that_cannot_start_ends_it_all_and_says_whose_log_to_read(launc
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--malicious", "4"], "--malicious 4"), (["--set", "data"], "--set data: must be key=value")],
+    [
+        (["--malicious", "4"], "--malicious 4"),
+        (["--set", "data"], "--set data: must be key=value"),
+        (["--set", "data.index=1"], "--set data.index=1: "),
+    ],
 )
 def test_wrong_arguments_are_refused_before_anything_starts(launch, arguments, words):
     running = launch(*arguments, "--", "true")
     assert words in running.communicate(timeout=60)[0]
     assert running.returncode == 1
+
+
+@pytest.mark.parametrize("name", ["ca", "director", "experimenter", "../evil", "New York", ""])
+def test_names_that_no_participant_may_have_get_no_certificate(tmp_path, name):
+    certificates.make_certificates(tmp_path, "localhost", ["Amsterdam"])
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(SystemExit, match="cannot be a participant"):
+        certificates.make_certificates(tmp_path, "localhost", [name])
+    assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
 
 def test_the_director_certificate_follows_the_host(tmp_path):

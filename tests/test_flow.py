@@ -144,6 +144,16 @@ def test_an_update_that_is_not_finite_and_a_malformed_ballot_are_reported_and_le
     assert row["tpr"] == 1
 
 
+@pytest.mark.parametrize(
+    "lie",
+    [{"main_accuracy": 1e9}, {"images": 10**400}, {"images": -1}, {"backdoor_accuracy": float("nan")}, {"images": "9"}],
+)
+def test_measures_that_cannot_be_are_left_out_and_reported(experiment, lie):
+    honest = {"main_accuracy": 0.5, "backdoor_accuracy": 0.0, "images": 10, "backdoor_images": 9}
+    measures, failed = experiment.sound_measures({"A": honest, "B": honest | lie})
+    assert (list(measures), list(failed)) == (["A"], ["B"])
+
+
 def test_if_nobody_delivers_the_global_model_stays(experiment, run):
     flow = run({name: {"train_loader": BrokenLoader()} for name in NAMES}, rounds=1)
     assert flow.history[0]["accepted"] == []
