@@ -3,7 +3,8 @@
     python benchmarks/detection.py ~/cifar10                 # all settings, five seeds; continues where it was stopped
     python benchmarks/detection.py ~/cifar10 --table         # the table and the heat map of what is there
 
-A round starts from a global model that was trained once on 10,000 images which no participant holds. All rules judge
+All rounds start from one global model, trained once on 10,000 images which no participant holds. The participants of a
+crowd train once, the last of them also as attackers; a setting says who of them appears in which role. All rules judge
 the same updates, and so does the published rule with the reference of the published notebook, a net that was never
 trained. One line a setting, seed and rule goes to `benchmarks/detection.csv` as soon as it is known.
 """
@@ -11,7 +12,10 @@ trained. One line a setting, seed and rule goes to `benchmarks/detection.csv` as
 import argparse
 import copy
 import csv
+import functools
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,6 +25,8 @@ import numpy as np
 import pandas as pd
 import torch
 from common import ROOT, load_experiment, private_attributes
+from safetensors.torch import load_file, save_file
+from scipy import stats
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -32,207 +38,318 @@ IMAGES = 500  # a participant's
 INSPECTED = 128  # images on which a participant inspects the models
 TEST_IMAGES = 2_000
 TARGET = 2
+AT_ONCE = 8  # models in memory while they are inspected
+CACHE = ROOT / "benchmarks" / "cache"
 RESULTS = ROOT / "benchmarks" / "detection.csv"
+
+
+# --- Settings -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Participants who train from the same global model. `alpha` None is IID; `width` and `hidden` are the net's."""
+
+    participants: int = 10
+    alpha: float | None = None
+    width: int = 32
+    hidden: int = 512
+
+
+@dataclass(frozen=True)
+class Role:
+    """A participant as it appears in a round: honest, or with poisoned data and a scaled update."""
+
+    participant: int
+    pdr: float = 0
+    scale: float = 1
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of the benchmark. `alpha` None is IID; `width` and `hidden` are those of the net."""
+    """One point of the benchmark."""
 
-    participants: int = 10
+    crowd: Crowd = Crowd()
     pmr: float = 0.25
     pdr: float = 0.5
     scaled: bool = True
-    alpha: float | None = None
     false_votes: bool = True
-    width: int = 32
-    hidden: int = 512
 
     @property
-    def attackers(self) -> int:
-        return int(self.pmr * self.participants)
+    def attackers(self) -> set[int]:
+        return set(range(self.crowd.participants - int(self.pmr * self.crowd.participants), self.crowd.participants))
+
+    @property
+    def roles(self) -> list[Role]:
+        scale = self.crowd.participants / len(self.attackers) if self.scaled and self.attackers else 1
+        everyone = range(self.crowd.participants)
+        return [Role(p, self.pdr, scale) if p in self.attackers else Role(p) for p in everyone]
 
 
 def settings() -> list[Setting]:
-    """A base setting varied along each axis, and the hard corners."""
+    """A base setting varied along each axis and the hard corners; these again with the full net."""
     base = Setting()
-    axes = [base]
-    axes += [replace(base, participants=n) for n in (4, 6, 20)]
-    axes += [replace(base, pmr=pmr) for pmr in (0.1, 0.4, 0.45)]
-    axes += [replace(base, participants=20, pmr=pmr) for pmr in (0.05, 0.45)]
+    of = {n: replace(base, crowd=Crowd(n)) for n in (4, 6, 20)}
+    axes = [base, *of.values()]
+    axes += [replace(base, pmr=pmr) for pmr in (0.1, 0.4)]  # 0.45 of 10 are 4 as well
+    axes += [replace(of[20], pmr=pmr) for pmr in (0.05, 0.45)]
     axes += [replace(base, pdr=0.1), replace(base, scaled=False), replace(base, false_votes=False)]
-    axes += [replace(base, alpha=alpha) for alpha in (1.0, 0.5)]
-    honest = [replace(base, pmr=0, participants=n, alpha=alpha) for n in (4, 5, 6, 10, 20) for alpha in (None, 0.5)]
-    hard = [replace(base, pmr=0.45, scaled=False, participants=20)]
-    hard += [replace(base, pmr=0.4, scaled=scaled, alpha=0.5) for scaled in (True, False)]
-    hard += [replace(base, pmr=0.4, scaled=False), replace(base, pdr=0.1, scaled=False)]
-    return list(dict.fromkeys(axes + honest + hard))
+    axes += [replace(base, crowd=Crowd(alpha=alpha)) for alpha in (1.0, 0.5)]
+    return [*dict.fromkeys(axes + corners(32, 512)), *corners(64, 4096)]
+
+
+def corners(width: int, hidden: int) -> list[Setting]:
+    """No attack at every size, and attacks that are hard to see."""
+    crowd = functools.partial(Crowd, width=width, hidden=hidden)
+    quiet = [Setting(crowd(n, alpha), pmr=0) for n in (4, 5, 6, 10, 20) for alpha in (None, 0.5)]
+    many = [Setting(crowd(20), pmr=0.45, scaled=False), Setting(crowd(), pmr=0.4, scaled=False)]
+    non_iid = [Setting(crowd(alpha=0.5), pmr=0.4, scaled=scaled) for scaled in (True, False)]
+    return [*quiet, *many, *non_iid, Setting(crowd(), pdr=0.1, scaled=False)]
 
 
 # --- Data -----------------------------------------------------------------------------------------------------
 
 
-def load_images(folder: Path, cache: Path) -> dict[str, torch.Tensor]:
+@functools.cache
+def load_images(folder: Path) -> dict[str, torch.Tensor]:
     """All images as uint8 `(N, 3, 32, 32)` and their labels, decoded once."""
-    if not cache.exists():
-        cache.parent.mkdir(parents=True, exist_ok=True)
+    path = CACHE / "cifar10.safetensors"
+    if not path.exists():
         loaded = {}
         for part in ("train", "test"):
             labels, read = private_attributes.image_folder(folder, part == "train")
             blocks = np.array_split(np.arange(len(labels)), 50)
             images = [(read(block) * 255).round().to(torch.uint8) for block in tqdm(blocks, desc=f"{part} images")]
             loaded |= {f"{part}_images": torch.cat(images), f"{part}_labels": torch.from_numpy(labels)}
-        torch.save(loaded, cache)
-    return torch.load(cache)
+        save_atomically(loaded, path)
+    return load_file(path)
 
 
-def loader(images, labels, shuffle=False, batch_size=32):
-    return private_attributes.as_loader(images.float() / 255, labels, batch_size, shuffle)
+def save_atomically(tensors: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
 
 
-def warm_model(images, setting: Setting, cache: Path):
+def order(images) -> np.ndarray:
+    """An order of the training images; the first of them are for the warm-up, the rest for the participants."""
+    return np.random.default_rng(0).permutation(len(images["train_labels"]))
+
+
+def share_of(images, chosen):
+    return images["train_images"][chosen].float() / 255, images["train_labels"][chosen]
+
+
+def shares(images, crowd: Crowd, seed: int) -> list:
+    """Images in [0, 1] and labels of every participant; 500 on the average."""
+    pool = np.random.default_rng([seed, 1]).permutation(order(images)[WARM_UP_IMAGES:])
+    pool = pool[: IMAGES * crowd.participants]
+    labels = images["train_labels"][pool].numpy()
+    parts = private_attributes.partition(labels, crowd.participants, crowd.alpha, seed)
+    return [share_of(images, pool[part]) for part in parts]
+
+
+def test_loaders(images) -> list:
+    """Test images, and those that are not of the target class with the trigger."""
+    pixels, labels = images["test_images"][:TEST_IMAGES].float() / 255, images["test_labels"][:TEST_IMAGES]
+    others = labels != TARGET
+    triggered = private_attributes.add_trigger(pixels[others])
+    wanted = torch.full_like(labels[others], TARGET)
+    return [private_attributes.as_loader(*pair, 256) for pair in ((pixels, labels), (triggered, wanted))]
+
+
+# --- Training -------------------------------------------------------------------------------------------------
+
+
+def config_of(crowd: Crowd, **changes):
+    return replace(experiment.demo, hidden=crowd.hidden, width=crowd.width, **{"local_epochs": 1, **changes})
+
+
+def warm_model(images, crowd: Crowd):
     """The global model from which all rounds with this net start, trained once."""
-    config = replace(experiment.demo, hidden=setting.hidden, width=setting.width, local_epochs=WARM_UP_EPOCHS)
+    config = config_of(crowd, local_epochs=WARM_UP_EPOCHS)
     model = experiment.initial_model(config)
-    path = cache / f"global-{setting.width}-{setting.hidden}.pt"
+    path = CACHE / f"global-{crowd.width}-{crowd.hidden}.safetensors"
     if not path.exists():
-        part = warm_up_part(len(images["train_labels"]))[:WARM_UP_IMAGES]
         torch.manual_seed(0)
-        experiment.train(model, loader(images["train_images"][part], images["train_labels"][part], True), config, "cpu")
-        torch.save(model.state_dict(), path)
-    model.load_state_dict(torch.load(path))
+        mine = share_of(images, order(images)[:WARM_UP_IMAGES])
+        experiment.train(model, private_attributes.as_loader(*mine, 32, shuffle=True), config, "cpu")
+        save_atomically(model.state_dict(), path)
+    model.load_state_dict(load_file(path))
     return model
 
 
-def warm_up_part(count: int) -> np.ndarray:
-    """An order of the training images; the first of them are for the warm-up, the rest for the participants."""
-    return np.random.default_rng(0).permutation(count)
+class Trained:
+    """A crowd after one round of training; what was trained and seen before is read from the cache.
+
+    `state(role)` is the model that a participant sends in a role, rounded as on the wire.
+    """
+
+    def __init__(self, images, crowd: Crowd, seed: int):
+        self.crowd, self.seed, self.config = crowd, seed, config_of(crowd)
+        self.global_model = warm_model(images, crowd)
+        self.reference = self.global_model.state_dict()
+        self.shares = shares(images, crowd, seed)
+        self.folder = CACHE / f"{crowd.participants}-{crowd.alpha or 'iid'}-{crowd.width}-{crowd.hidden}-{seed}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def state(self, role: Role) -> dict:
+        path = self.folder / f"{role.participant}-{role.pdr:g}.update"
+        if not path.exists():
+            path.with_suffix(".part").write_bytes(self.packed(self.train(role)))
+            path.with_suffix(".part").replace(path)
+        state = experiment.unpack_update(path.read_bytes(), self.reference)
+        if role.scale == 1:
+            return state
+        adversary = private_attributes.Backdoor(private_attributes.Attack(scale=role.scale), None)
+        return experiment.unpack_update(self.packed(adversary.update(1, state, self.reference)), self.reference)
+
+    def packed(self, state: dict) -> bytes:
+        return experiment.pack_update(state, self.reference, self.config.update_dtype)
+
+    def train(self, role: Role) -> dict:
+        return train_one(self.global_model, self.shares[role.participant], role, self.seed, self.config)
+
+    def views(self, roles: list[Role]) -> dict:
+        """reference → validator → distances `(metric, S, R, L)` of the models in these roles, and labels `(S,)`."""
+        path, names = self.folder / "views.npz", [f"{r.participant}-{r.pdr:g}-{r.scale:g}" for r in roles]
+        if not path.exists() or set(names) - set(np.load(path)["roles"]):
+            np.savez(path.with_suffix(".part.npz"), roles=names, **self.inspect(roles))
+            path.with_suffix(".part.npz").replace(path)
+        kept = np.load(path)
+        columns = [kept["roles"].tolist().index(name) for name in names]
+        cut = functools.partial(np.split, indices_or_sections=kept["borders"])
+        labels = cut(kept["labels"])
+        references = [name for name in ("G", "random") if name in kept]
+        of = {name: cut(kept[name][:, :, columns], axis=1) for name in references}
+        return {name: list(zip(parts, labels, strict=True)) for name, parts in of.items()}
+
+    def inspect(self, roles: list[Role]) -> dict:
+        """What all participants see when they inspect the models, a few models at a time."""
+        batches = [list(validation_loader(share, self.seed, p)) for p, share in enumerate(self.shares)]
+        counts = [sum(len(labels) for _, labels in mine) for mine in batches]
+        everyones = [batch for mine in batches for batch in mine]
+        looks = {"G": (self.global_model, experiment.METRICS)}
+        if self.crowd.width < 64:  # the historical baseline is for the narrow net alone
+            looks["random"] = experiment.initial_model(config_of(self.crowd, seed=self.seed)), experiment.PUBLISHED
+        views = {name: [] for name in looks}
+        for first in range(0, len(roles), AT_ONCE):
+            group = [experiment.with_state(self.global_model, self.state(r)) for r in roles[first : first + AT_ONCE]]
+            for name, (reference, metrics) in looks.items():
+                views[name].append(experiment.hidden_distances(reference, group, everyones, "cpu", metrics)[0])
+        labels = torch.cat([labels for _, labels in everyones]).numpy()
+        distances = {name: np.concatenate(parts, axis=2) for name, parts in views.items()}
+        return distances | {"labels": labels, "borders": np.cumsum(counts)[:-1]}
 
 
-# --- One round ------------------------------------------------------------------------------------------------
+def train_one(global_model, share, role: Role, seed: int, config) -> dict:
+    """The state dict after local training on the participant's images, poisoned if the role says so."""
+    data = private_attributes.poison(*share, TARGET, role.pdr, seed) if role.pdr else share
+    model = copy.deepcopy(global_model)
+    torch.manual_seed(1000 * seed + role.participant)
+    experiment.train(model, private_attributes.as_loader(*data, 32, shuffle=True), config, "cpu")
+    return model.state_dict()
 
 
-@dataclass
-class Round:
-    """What one round produced: the participants' models, of which the last ones are attackers', and their images."""
-
-    global_model: torch.nn.Module
-    models: list
-    shards: list
-    attackers: set[int]
+def validation_loader(share, seed: int, participant: int):
+    """The images on which a participant inspects the models."""
+    chosen = np.random.default_rng([seed, 2, participant]).permutation(len(share[1]))[:INSPECTED]
+    return private_attributes.as_loader(share[0][chosen], share[1][chosen], 64)
 
 
-def play(images, global_model, setting: Setting, seed: int) -> Round:
-    """Trains all participants' models from the global model."""
-    config = replace(experiment.demo, hidden=setting.hidden, width=setting.width, local_epochs=1)
-    rest = warm_up_part(len(images["train_labels"]))[WARM_UP_IMAGES:]
-    pool = np.random.default_rng([seed, 1]).permutation(rest)[: IMAGES * setting.participants]
-    labels = images["train_labels"][pool].numpy()
-    parts = private_attributes.partition(labels, setting.participants, setting.alpha, seed)
-    attackers = set(range(setting.participants - setting.attackers, setting.participants))
-    models, shards = [], []
-    for index, part in enumerate(parts):
-        mine = images["train_images"][pool[part]].float() / 255, images["train_labels"][pool[part]]
-        shards.append(mine)
-        trained_on = mine
-        if index in attackers:
-            trained_on = private_attributes.poison(*mine, TARGET, setting.pdr, seed)
-        torch.manual_seed(1000 * seed + index)
-        model = copy.deepcopy(global_model)
-        experiment.train(model, private_attributes.as_loader(*trained_on, 32, shuffle=True), config, "cpu")
-        if index in attackers and setting.scaled:
-            model = scaled_up(model, global_model, setting.participants / setting.attackers)
-        models.append(model)
-    return Round(global_model, models, shards, attackers)
+# --- Judging --------------------------------------------------------------------------------------------------
 
 
-def scaled_up(model, global_model, scale: float):
-    attack = private_attributes.Attack(scale=scale)
-    state = private_attributes.Backdoor(attack, None).update(1, model.state_dict(), global_model.state_dict())
-    return experiment.with_state(model, state)
-
-
-def inspect(played: Round, reference, seed: int) -> list:
-    """What every validator sees: distances `(metric, S, M, L)` to the reference model, and labels `(S,)`."""
-    views = []
-    for index, (pixels, labels) in enumerate(played.shards):
-        chosen = np.random.default_rng([seed, 2, index]).permutation(len(labels))[:INSPECTED]
-        mine = private_attributes.as_loader(pixels[chosen], labels[chosen], 64)
-        views.append(experiment.hidden_distances(reference, played.models, mine, "cpu"))
-    return views
-
-
-def ballots(views: list, played: Round, setting: Setting, rule: str) -> np.ndarray:
+def ballots(views: list, setting: Setting, rule: str) -> np.ndarray:
     """Votes `(voter, model)`, 1 for benign; false voters vote for the attackers and against everybody else."""
     rows = []
     for voter, (distances, labels) in enumerate(views):
         found = experiment.verdict(distances, labels, voter, rule)
-        if voter in played.attackers and setting.false_votes:
-            found = set(range(len(views))) - played.attackers
+        if voter in setting.attackers and setting.false_votes:
+            found = set(range(len(views))) - setting.attackers
         rows.append([int(model not in found) for model in range(len(views))])
     return np.array(rows)
 
 
-def judge(accepted, played: Round, test, backdoor) -> dict:
-    """Scores of one verdict."""
-    honest = [m for m in range(len(accepted)) if m not in played.attackers]
-    measured = measure(played, np.flatnonzero(accepted), test, backdoor)
-    return {
-        "tpr": np.mean([not accepted[m] for m in played.attackers]) if played.attackers else None,
-        "tnr": np.mean([accepted[m] for m in honest]),
-    } | dict(zip(("main", "backdoor"), measured, strict=True))
-
-
-def measure(played: Round, accepted, test, backdoor) -> tuple[float, float]:
-    """Main-task and backdoor accuracy of the average of the accepted models; of the old global model without any."""
-    states = [played.models[m].state_dict() for m in accepted] or [played.global_model.state_dict()]
-    model = experiment.with_state(played.global_model, experiment.fed_avg(states))
-    return experiment.accuracy(model, test, "cpu"), experiment.accuracy(model, backdoor, "cpu")
-
-
-def rows_of(images, setting: Setting, seed: int, cache: Path):
-    """One row a rule, and one each for plain FedAvg and for the oracle that averages the honest models alone."""
-    started = time.perf_counter()
-    global_model = warm_model(images, setting, cache)
-    played = play(images, global_model, setting, seed)
-    pixels, labels = images["test_images"][:TEST_IMAGES].float() / 255, images["test_labels"][:TEST_IMAGES]
-    others = labels != TARGET
-    triggered = private_attributes.add_trigger(pixels[others])
-    test = private_attributes.as_loader(pixels, labels, 256)
-    backdoor = private_attributes.as_loader(triggered, torch.full_like(labels[others], TARGET), 256)
-    random = experiment.initial_model(replace(experiment.demo, hidden=setting.hidden, width=setting.width, seed=seed))
-    views = {"G": inspect(played, global_model, seed), "random": inspect(played, random, seed)}
-    judged = {rule: (rule, "G") for rule in experiment.RULES} | {"paper, random reference": ("paper", "random")}
-    verdicts = {
-        name: experiment.stacked_clustering(ballots(views[reference], played, setting, rule))
-        for name, (rule, reference) in judged.items()
+def verdicts(trained: Trained, setting: Setting, views: dict) -> dict:
+    """Who accepts whom: rule → bool `(model,)`; also plain FedAvg, and the oracle that accepts the honest models."""
+    judges = {rule: (rule, "G") for rule in experiment.RULES}
+    if "random" in views:
+        judges["paper, random reference"] = "paper", "random"
+    found = {
+        name: experiment.stacked_clustering(ballots(views[reference], setting, rule), rule)
+        for name, (rule, reference) in judges.items()
     }
-    verdicts["plain FedAvg"] = np.ones(setting.participants, dtype=bool)
-    verdicts["oracle"] = np.array([m not in played.attackers for m in range(setting.participants)])
-    for name, accepted in verdicts.items():
-        scores = judge(accepted, played, test, backdoor)
-        seconds = round(time.perf_counter() - started, 1)
-        yield asdict(setting) | {"seed": seed, "rule": name} | scores | {"seconds": seconds}
+    everyone = range(setting.crowd.participants)
+    return found | {
+        "plain FedAvg": np.ones(len(everyone), dtype=bool),
+        "oracle": np.array([m not in setting.attackers for m in everyone]),
+    }
+
+
+def rows_of(folder: Path, crowd: Crowd, seed: int, points: list[Setting]) -> list[dict]:
+    """All rows of a crowd: one a setting and rule."""
+    started = time.perf_counter()
+    torch.set_num_threads(1)
+    images = load_images(folder)
+    trained, tests = Trained(images, crowd, seed), test_loaders(images)
+    roles = list(dict.fromkeys(role for setting in points for role in setting.roles))
+    measured, rows = {}, []
+    trained.views(roles)  # all at once
+    for setting in points:
+        for name, accepted in verdicts(trained, setting, trained.views(setting.roles)).items():
+            taken = tuple(role for role, is_in in zip(setting.roles, accepted, strict=True) if is_in)
+            if taken not in measured:
+                measured[taken] = measure(trained, taken, tests)
+            rows.append(flat(setting) | {"seed": seed, "rule": name} | rates(accepted, setting) | measured[taken])
+    seconds = round(time.perf_counter() - started)
+    return [row | {"crowd_seconds": seconds} for row in rows]
+
+
+def flat(setting: Setting) -> dict:
+    values = asdict(setting)
+    return values.pop("crowd") | values
+
+
+def rates(accepted, setting: Setting) -> dict:
+    """TPR, None without attackers, and TNR."""
+    honest = [m for m in range(len(accepted)) if m not in setting.attackers]
+    tpr = np.mean([not accepted[m] for m in setting.attackers]) if setting.attackers else None
+    return {"tpr": tpr, "tnr": np.mean([accepted[m] for m in honest])}
+
+
+def measure(trained: Trained, taken, tests) -> dict:
+    """Main-task and backdoor accuracy of the average of these models; of the old global model without any."""
+    state = experiment.fed_avg([trained.state(role) for role in taken]) if taken else trained.reference
+    model = experiment.with_state(trained.global_model, state)
+    main, backdoor = (experiment.accuracy(model, test, "cpu") for test in tests)
+    return {"main": main, "backdoor": backdoor}
 
 
 # --- All of them ----------------------------------------------------------------------------------------------
 
 
-def run(folder: Path, seeds, limit: int | None) -> None:
-    """Appends what is missing in the CSV, hard corners and base setting alike, seed after seed."""
-    cache = Path(__file__).parent / "cache"
-    images = load_images(folder, cache / "cifar10.pt")
-    points = [(seed, setting) for seed in seeds for setting in settings()]
+def run(folder: Path, seeds, workers: int) -> None:
+    """Appends what is missing in the CSV, crowd after crowd, a process and a thread each."""
+    images = load_images(folder)
+    for crowd in {(s.crowd.width, s.crowd.hidden): s.crowd for s in settings()}.values():
+        warm_model(images, crowd)
     known = finished()
-    missing = [(seed, setting) for seed, setting in points if key(asdict(setting) | {"seed": seed}) not in known]
-    for seed, setting in tqdm(missing[:limit], desc="settings x seeds"):
-        append(list(rows_of(images, setting, seed, cache)))
+    missing = {}
+    for setting in settings():
+        for seed in seeds:
+            if key(flat(setting) | {"seed": seed}) not in known:
+                missing.setdefault((seed, setting.crowd), []).append(setting)
+    narrow_first = sorted(missing, key=lambda job: (job[1].width, job[0]))
+    with ProcessPoolExecutor(workers) as pool:
+        jobs = [pool.submit(rows_of, folder, crowd, seed, missing[seed, crowd]) for seed, crowd in narrow_first]
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="crowds x seeds"):
+            append(job.result())
 
 
 def key(row: dict) -> tuple:
     """What tells one round from another."""
-    alpha = row["alpha"] if row["alpha"] and not pd.isna(row["alpha"]) else None
-    return tuple(row[name] for name in asdict(Setting()) if name != "alpha") + (alpha, row["seed"])
+    return tuple(None if pd.isna(row[name]) else row[name] for name in (*flat(Setting()), "seed"))
 
 
 def finished() -> set[tuple]:
@@ -242,7 +359,7 @@ def finished() -> set[tuple]:
 
 
 def append(rows: list[dict]) -> None:
-    """All rows of one round at once, so that a round is in the file either whole or not at all."""
+    """All rows of a crowd at once, so that it is in the file either whole or not at all."""
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -251,35 +368,54 @@ def append(rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
+# --- What is there ----------------------------------------------------------------------------------------------
+
+RATES = ["tpr", "tnr", "main", "backdoor"]
+HARMLESS = 0.02  # above the oracle's backdoor accuracy
+
+
 def label(row) -> str:
     partition = "IID" if pd.isna(row.alpha) else f"Dirichlet {row.alpha:g}"
     attack = f"PMR {row.pmr:g}, PDR {row.pdr:g}, {'scaled' if row.scaled else 'unscaled'}" if row.pmr else "no attack"
-    return f"{row.participants:2d} participants, {partition}, {attack}" + ("" if row.false_votes else ", honest votes")
+    votes = "" if row.false_votes else ", honest votes"
+    return f"{row.participants:2d}, {partition}, {attack}{votes}" + (", full net" if row.width == 64 else "")
 
 
-def table() -> pd.DataFrame:
-    """Mean and half of the 95 % interval over the seeds, a line a setting and rule."""
+def results() -> pd.DataFrame:
+    """All rows; `over_oracle` is the backdoor accuracy and `under_oracle` the main-task accuracy against the oracle's,
+    `harmless` says that an attacker was let in and the backdoor stayed within two points."""
     rows = pd.read_csv(RESULTS)
     rows["setting"] = [label(row) for row in rows.itertuples()]
-    groups = rows.groupby(["setting", "rule"], sort=False)[["tpr", "tnr", "main", "backdoor"]]
-    count = groups.count().clip(lower=1)
-    return pd.concat({"mean": groups.mean(), "±": 1.96 * groups.std() / np.sqrt(count)}, axis=1).round(3)
+    oracle = rows[rows.rule == "oracle"].set_index(["setting", "seed"])
+    at = pd.MultiIndex.from_frame(rows[["setting", "seed"]])
+    rows["over_oracle"] = rows["backdoor"].to_numpy() - oracle["backdoor"].loc[at].to_numpy()
+    rows["under_oracle"] = oracle["main"].loc[at].to_numpy() - rows["main"].to_numpy()
+    rows["harmless"] = (rows["tpr"] < 1) & (rows["over_oracle"] <= HARMLESS)
+    return rows
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean and half of the 95 % interval (Student's t) over the seeds, a line a setting and rule."""
+    groups = rows.groupby(["setting", "rule"], sort=False)
+    count = groups["seed"].count()
+    half = groups[RATES].sem().mul(stats.t.ppf(0.975, (count - 1).clip(lower=1)), axis=0)
+    counts = pd.DataFrame({"seeds": count, "harmless": groups["harmless"].sum()})
+    return pd.concat({"mean": groups[RATES].mean(), "±": half, "": counts}, axis=1).round(3)
 
 
 def heat_map(summary: pd.DataFrame, path: Path) -> None:
     """TPR and TNR of every setting and rule."""
     means = summary["mean"].drop(index=["plain FedAvg", "oracle"], level="rule")
-    figure, axes = plt.subplots(
-        1, 2, figsize=(13, 1.5 + 0.28 * len(means.unstack())), sharey=True, layout="constrained"
-    )
+    height = 1.5 + 0.24 * len(means.unstack())
+    figure, axes = plt.subplots(1, 2, figsize=(12, height), sharey=True, layout="constrained")
     for axis, score in zip(axes, ("tpr", "tnr"), strict=True):
         values = means[score].unstack("rule", sort=False)
         axis.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-        axis.set_xticks(range(values.shape[1]), values.columns)
+        axis.set_xticks(range(values.shape[1]), [name.replace(", ", ",\n") for name in values.columns])
         axis.set_yticks(range(values.shape[0]), values.index, fontsize=8)
         axis.set_title(score.upper())
         for (row, column), value in np.ndenumerate(values):
-            axis.text(column, row, "–" if np.isnan(value) else f"{value:.0%}", ha="center", va="center", fontsize=8)
+            axis.text(column, row, "–" if np.isnan(value) else f"{value:.0%}", ha="center", va="center", fontsize=7)
     figure.savefig(path, dpi=110)
 
 
@@ -287,12 +423,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="train/<class>/… and test/<class>/…")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--limit", type=int, help="stop after so many rounds")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--table", action="store_true", help="run nothing, show what is there")
     args = parser.parse_args()
     if not args.table:
-        run(args.folder.expanduser(), range(args.seeds), args.limit)
-    summary = table()
+        run(args.folder.expanduser(), range(args.seeds), args.workers)
+    summary = table(results())
     print(summary.to_string())
     heat_map(summary, RESULTS.with_suffix(".png"))
 

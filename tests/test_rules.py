@@ -1,0 +1,258 @@
+"""Both rules: the published one against its own code on trained nets, degenerate crowds, and hostile models."""
+
+import contextlib
+import copy
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def digits(private_attributes):
+    """Fifty images for each of twenty participants, and sixty more in an unshuffled loader."""
+    labels, read = private_attributes.digits(None, train=True)
+    images, labels = read(np.arange(1060)), torch.from_numpy(labels[:1060]).long()
+    shares = [private_attributes.as_loader(images[i : i + 50], labels[i : i + 50], 25) for i in range(0, 1000, 50)]
+    return shares, private_attributes.as_loader(images[1000:], labels[1000:], 30)
+
+
+@pytest.fixture(scope="module")
+def config(experiment):
+    return replace(experiment.demo, hidden=16, width=2, local_epochs=2)
+
+
+@pytest.fixture(scope="module")
+def origin(experiment, config, digits):
+    model = experiment.initial_model(config)
+    experiment.train(model, [batch for share in digits[0][:8] for batch in share], config, "cpu")
+    return model
+
+
+def local_models(experiment, config, origin, digits, count: int, attackers: int, seed: int):
+    """Nets trained from `origin` on shares of their own; the last `attackers` of them on wrong labels."""
+    models = []
+    for index, share in enumerate(np.random.default_rng(seed).permutation(20)[:count]):
+        wrong = index >= count - attackers
+        batches = [(images, (labels + 1) % 10 if wrong else labels) for images, labels in digits[0][share]]
+        torch.manual_seed(1000 * seed + index)
+        models.append(copy.deepcopy(origin))
+        experiment.train(models[-1], batches, config, "cpu")
+    return models
+
+
+def published_suspects(experiment, published, origin, models, own, loader):
+    """What the installed implementation says; it calls `predict_internal_states`, which its own net has."""
+
+    def predict(model):
+        return lambda images: [
+            output.view(len(images), *([-1] if output.dim() == 2 else []))
+            for output in experiment.hidden_outputs(model, images)
+        ]
+
+    for model in (origin, *models):
+        model.predict_internal_states = predict(model)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return sorted(published.validate_models(origin, models, own, loader, "cpu"))
+    finally:
+        for model in (origin, *models):
+            del model.predict_internal_states
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("count", "crowds", "voters"), [(4, 16, 4), (5, 13, 5), (7, 9, 7), (10, 6, 10), (20, 3, 20)])
+def test_the_paper_rule_is_the_published_one_on_trained_nets(
+    experiment, published, config, origin, digits, count, crowds, voters
+):
+    """64 + 65 + 63 + 60 + 60 = 312 cases, from no attacker to almost half of the crowd."""
+    accused = 0
+    for seed in range(crowds):
+        models = local_models(experiment, config, origin, digits, count, attackers=seed % ((count + 1) // 2), seed=seed)
+        for own in range(voters):
+            expected = published_suspects(experiment, published, origin, models, own, digits[1])
+            assert experiment.validate_models(origin, models, own, digits[1], "cpu", "paper") == expected, (seed, own)
+            accused += bool(expected)
+    assert accused, "the crowds must exercise both answers"
+
+
+# --- Degenerate crowds, with the answers written out ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["crowd", "paper"])
+class TestDegenerate:
+    labels = np.arange(20) % 4
+
+    def verdict(self, experiment, distances, rule, labels=labels, own=0):
+        return experiment.verdict(distances, labels, own, rule)
+
+    def test_all_models_equal(self, experiment, rule):
+        assert self.verdict(experiment, np.full((3, 20, 6, 2), 0.7), rule) == []
+
+    def test_one_model(self, experiment, rule):
+        assert self.verdict(experiment, np.random.default_rng(0).random((3, 20, 1, 2)), rule) == []
+
+    def test_two_models(self, experiment, rule):
+        """Neither has a crowd behind it: (2 - 1) // 2 = 0 may be suspected."""
+        distances = np.ones((3, 20, 2, 2))
+        distances[:, :, 1] = 100
+        assert self.verdict(experiment, distances, rule) == []
+
+    def test_one_label(self, experiment, rule):
+        distances = np.ones((3, 20, 12, 2))
+        distances[:, :, 5] = 8
+        assert self.verdict(experiment, distances, rule, labels=np.zeros(20, int)) == [5]
+
+    def test_a_voter_whose_own_model_did_not_move_accuses_nobody(self, experiment, rule):
+        """Without a yardstick all ratios are 0, as published."""
+        distances = np.random.default_rng(2).random((3, 20, 6, 2))
+        distances[:, :, 0] = 0
+        assert self.verdict(experiment, distances, rule) == []
+
+    def test_no_samples(self, experiment, rule):
+        assert self.verdict(experiment, np.empty((3, 0, 5, 2)), rule, labels=np.empty(0)) == []
+
+
+def test_equal_scores_are_not_cut(experiment):
+    """Two of five lie level above the rest: both or none, whatever their order."""
+    matrix = np.zeros((5, 4))
+    matrix[[1, 3]] = 4
+    assert experiment.suspects(matrix, own=0) == {1, 3}
+    matrix[4] = 4  # three of five: more than the bound, and no cut goes through equals
+    assert experiment.suspects(matrix, own=0) == set()
+
+
+@pytest.mark.parametrize("factor", [1.2, 1.5])
+def test_the_crowd_rule_goes_by_the_size_of_the_effect(experiment, factor):
+    """Ten models whose distances hardly differ: one that is 1.2 times as far is left alone, at 1.5 times it is not."""
+    distances = np.random.default_rng(3).uniform(0.98, 1.02, (3, 60, 10, 4))
+    distances[:, :, 6] *= factor
+    labels = np.arange(60) % 5
+    assert experiment.verdict(distances, labels, own=2) == ([6] if factor > np.exp(experiment.LEAST_EFFECT) else [])
+
+
+def test_the_crowd_rule_finds_several_kinds_of_attackers_one_after_the_other(experiment):
+    """A first cut takes the two that are far away, a second one the two that they hid."""
+    distances = np.random.default_rng(4).uniform(0.95, 1.05, (3, 60, 10, 4))
+    distances[:, :, [6, 7]] *= 2
+    distances[:, :, [8, 9]] *= 300
+    assert experiment.verdict(distances, np.arange(60) % 5, own=0) == [6, 7, 8, 9]
+
+
+def test_the_crowd_rule_sees_what_depends_on_the_image_through_a_common_shift(experiment):
+    """All models move the outputs by 15 in a direction of their own; two differ more from image to image."""
+    rng = np.random.default_rng(5)
+    noise, shifts = rng.normal(size=(64, 8, 10)), rng.normal(size=(8, 10))
+    noise[:, [3, 6]] *= 1.6
+    outputs = torch.tensor(noise + 15 * shifts / np.linalg.norm(shifts, axis=1, keepdims=True))
+    reference = [torch.zeros(64, 10, dtype=torch.float64)]
+    seen = [experiment.layer_distances([outputs[:, m]], reference, experiment.METRICS) for m in range(8)]
+    distances = torch.stack(seen, dim=2).numpy()
+    labels = np.arange(64) % 4
+    assert experiment.verdict(distances, labels, own=0) == [3, 6]
+    assert experiment.verdict(distances[:2], labels, own=0) == [], "the Euclidean distance alone does not show it"
+
+
+def test_spread_equals_plain_loops(experiment, rng):
+    a, b = rng.normal(size=(7, 3)), rng.normal(size=(7, 3))
+    mean = [sum(a[s][f] - b[s][f] for s in range(7)) / 7 for f in range(3)]
+    expected = [sum((a[s][f] - b[s][f] - mean[f]) ** 2 for f in range(3)) ** 0.5 for s in range(7)]
+    np.testing.assert_allclose(experiment.spread(torch.tensor(a), torch.tensor(b)), expected)
+
+
+# --- Hostile models ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def honest(experiment, config, origin, digits):
+    return local_models(experiment, config, origin, digits, count=7, attackers=0, seed=99)
+
+
+def damaged(model, how):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(how(parameter))
+    return model
+
+
+def nan_in_one_place(parameter):
+    parameter = parameter.clone()
+    parameter.view(-1)[0] = float("nan")
+    return parameter
+
+
+HOSTILE = {
+    "nan": lambda p: torch.full_like(p, float("nan")),
+    "one nan": nan_in_one_place,
+    "inf": lambda p: torch.full_like(p, float("inf")),
+    "-inf": lambda p: torch.full_like(p, -float("inf")),
+    "zero": torch.zeros_like,
+    "1e30": lambda p: p + 1e30,
+    "-1e30": lambda p: p - 1e30,
+    "1e4": lambda p: p + 1e4,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rule", ["crowd", "paper"])
+@pytest.mark.parametrize("how", HOSTILE)
+def test_a_hostile_model_is_a_suspect_and_drags_nobody_along(experiment, origin, honest, digits, how, rule):
+    for own in range(6):
+        models = [*honest[:6], damaged(honest[6], HOSTILE[how])]
+        found = experiment.validate_models(origin, models, own, digits[1], "cpu", rule)
+        assert own not in found
+        if rule == "crowd" or how not in ("zero", "1e4"):  # finite ones the published tests may overlook
+            assert 6 in found
+        if rule == "crowd":
+            assert found == [6]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_three_of_seven_hostile_models(experiment, origin, honest, digits):
+    hostile = [damaged(honest[4], HOSTILE["nan"]), damaged(honest[5], HOSTILE["1e30"]), damaged(honest[6], torch.neg)]
+    assert experiment.validate_models(origin, [*honest[:4], *hostile], 1, digits[1], "cpu") == [4, 5, 6]
+
+
+@pytest.mark.parametrize("rule", ["crowd", "paper"])
+def test_two_identical_models_get_the_same_verdict(experiment, origin, honest, digits, rule):
+    models = [*honest[:5], honest[3]]
+    for own in (0, 1, 2):
+        found = experiment.validate_models(origin, models, own, digits[1], "cpu", rule)
+        assert (3 in found) == (5 in found)
+
+
+def test_a_model_that_did_not_move_drags_nobody_along(experiment, origin, honest, digits):
+    for own in range(6):
+        without = experiment.validate_models(origin, honest[:6], own, digits[1], "cpu")
+        found = experiment.validate_models(origin, [*honest[:6], origin], own, digits[1], "cpu")
+        assert found == without
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rule", ["crowd", "paper"])
+def test_a_voter_whose_model_did_not_move_still_names_what_is_broken(experiment, origin, honest, digits, rule):
+    models = [origin, *honest[:5], damaged(honest[6], HOSTILE["nan"])]
+    assert experiment.validate_models(origin, models, 0, digits[1], "cpu", rule) == [6]
+
+
+def test_tensors_that_do_not_fit_never_reach_the_voters(experiment, origin, honest):
+    """Wrong shapes, types and names are refused where updates arrive; everybody else's go on."""
+    reference = origin.state_dict()
+    updates = {name: value - reference[name] for name, value in honest[0].state_dict().items()}
+    first = next(iter(updates))
+    wrong = {
+        "shape": updates | {first: torch.zeros(1)},
+        "more": updates | {"extra.weight": torch.zeros(2)},
+        "fewer": {name: value for name, value in updates.items() if name != first},
+        "type": updates | {first: updates[first].long()},
+        "nan": updates | {first: updates[first] * float("nan")},
+    }
+    reports = {name: {"update": experiment.pack_model(update)} for name, update in (wrong | {"good": updates}).items()}
+    reports |= {"none": {}, "text": {"update": "text"}, "bytes": {"update": b"\x80\x04bytes"}}
+    sound, failed = experiment.sound_updates(reports, reference)
+    assert list(sound) == ["good"]
+    assert failed.keys() == set(reports) - {"good"}
+    assert first in failed["shape"] and "extra.weight" in failed["more"] and "not finite" in failed["nan"]
