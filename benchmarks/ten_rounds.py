@@ -1,0 +1,106 @@
+"""Attacks too faint for one round, repeated for ten: real CIFAR-10, ten participants, a tenth of the attackers' data
+poisoned, updates unscaled.
+
+    python benchmarks/ten_rounds.py ~/cifar10
+
+Each round is judged by rule `crowd`, beside the oracle that averages the honest models and plain FedAvg, each with a
+global model of its own. One line a round goes to `benchmarks/ten_rounds.csv`; what is there is not run again.
+"""
+
+import argparse
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from common import ROOT
+from detection import (
+    Crowd,
+    Setting,
+    ballots,
+    config_of,
+    experiment,
+    load_images,
+    rates,
+    shares,
+    test_loaders,
+    train_one,
+    validation_loader,
+    warm_model,
+)
+from tqdm import tqdm
+
+ROUNDS = 10
+RESULTS = ROOT / "benchmarks" / "ten_rounds.csv"
+DEFENCES = ("crowd", "oracle", "plain FedAvg")
+
+
+def settings() -> list[Setting]:
+    faint = Setting(pdr=0.1, scaled=False)
+    return [faint, replace(faint, crowd=Crowd(alpha=0.5))]
+
+
+def accepted_by(defence: str, global_model, models, mine, setting: Setting, seed: int) -> np.ndarray:
+    """Which models `(model,)` are averaged."""
+    if defence != "crowd":
+        return np.array([defence == "plain FedAvg" or m not in setting.attackers for m in range(len(models))])
+    loaders = [validation_loader(share, seed, p) for p, share in enumerate(mine)]
+    look = experiment.hidden_distances
+    views = [look(global_model, models, loader, "cpu", experiment.METRICS) for loader in loaders]
+    return experiment.stacked_clustering(ballots(views, setting, "crowd"))
+
+
+def play(folder: Path, setting: Setting, seed: int, defence: str) -> list[dict]:
+    """Ten rounds from the warmed-up model; a row each."""
+    torch.set_num_threads(1)
+    images = load_images(folder)
+    model, config, mine = (
+        warm_model(images, setting.crowd),
+        config_of(setting.crowd),
+        shares(images, setting.crowd, seed),
+    )
+    tests, rows = test_loaders(images), []
+    for number in range(1, ROUNDS + 1):
+        states = [train_one(model, mine[r.participant], r, 100 * number + seed, config) for r in setting.roles]
+        models = [experiment.with_state(model, state) for state in states]
+        accepted = accepted_by(defence, model, models, mine, setting, seed)
+        if accepted.any():
+            model = experiment.with_state(model, experiment.fed_avg([states[m] for m in np.flatnonzero(accepted)]))
+        main, backdoor = (experiment.accuracy(model, test, "cpu") for test in tests)
+        where = {"alpha": setting.crowd.alpha, "pmr": setting.pmr, "seed": seed, "defence": defence, "round": number}
+        rows.append(where | rates(accepted, setting) | {"main": main, "backdoor": backdoor})
+    return rows
+
+
+def missing(seeds: int) -> list[tuple]:
+    """What is not in the CSV yet."""
+    jobs = [(setting, seed, d) for seed in range(seeds) for setting in settings() for d in DEFENCES]
+    if not RESULTS.exists():
+        return jobs
+    rows = pd.read_csv(RESULTS).fillna({"alpha": 0})
+    done = set(rows[["alpha", "pmr", "seed", "defence"]].itertuples(index=False, name=None))
+    return [(s, seed, d) for s, seed, d in jobs if (s.crowd.alpha or 0, s.pmr, seed, d) not in done]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="train/<class>/… and test/<class>/…")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    folder = args.folder.expanduser()
+    warm_model(load_images(folder), Crowd())
+    with ProcessPoolExecutor(args.workers) as pool:
+        jobs = [pool.submit(play, folder, *job) for job in missing(args.seeds)]
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="runs of ten rounds"):
+            rows = pd.DataFrame(job.result())
+            rows.to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False)
+    last = pd.read_csv(RESULTS).query("round == @ROUNDS").fillna({"alpha": "IID"})
+    print(last.groupby(["alpha", "pmr", "defence"])[["tpr", "tnr", "main", "backdoor"]].agg(["mean", "max"]).round(3))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The adaptive sample budget: which images, how many, and that nothing is lost in the worst case."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+class Seen(torch.utils.data.Dataset):
+    """Random images of three classes that remembers who was asked for, after `forget`."""
+
+    def __init__(self, samples):
+        self.images = torch.randn(samples, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        self.asked = []
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if index >= len(self):
+            raise IndexError
+        self.asked.append(int(index))
+        return self.images[index], int(index) % 3
+
+
+def loader_of(samples):
+    return torch.utils.data.DataLoader(Seen(samples), batch_size=64)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60))
+def test_every_beginning_is_as_balanced_as_it_can_be(experiment, labels):
+    labels = np.array(labels)
+    order = experiment.balanced_order(labels)
+    assert sorted(order) == list(range(len(labels)))
+    for stop in range(1, len(labels) + 1):
+        taken = {label: (labels[order[:stop]] == label).sum() for label in labels}
+        left = {label: (labels == label).sum() - taken[label] for label in taken}
+        assert max(taken.values()) - min(taken[label] for label in taken if left[label] or taken[label]) <= 1 or all(
+            left[label] == 0 for label in taken if taken[label] < max(taken.values()) - 1
+        )
+
+
+@given(st.integers(0, 100_000))
+def test_portions_double_and_cover_everything_once(experiment, samples):
+    parts = experiment.portions(samples)
+    assert parts[0][0] == 0 and parts[-1][1] == samples
+    assert all(a[1] == b[0] for a, b in zip(parts, parts[1:], strict=False))
+    assert all(stop <= max(experiment.FIRST_PORTION, 2 * start) for start, stop in parts)
+
+
+@pytest.mark.parametrize("rule", ["crowd", "paper"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_clear_case_needs_one_portion(experiment, small_models, rule):
+    """Four models a step of 0.05 away, one of 0.5: that no redraw can change."""
+    origin, models = small_models
+    found, needed = experiment.validate_adaptively(
+        origin, models[:4] + [models[3], models[4]], 0, loader_of(2000), "cpu"
+    )
+    assert found == [5]
+    assert needed == experiment.FIRST_PORTION
+
+
+def test_in_the_worst_case_it_is_the_vote_on_all_images_each_looked_at_once(experiment, small_models, monkeypatch):
+    origin, models = small_models
+    monkeypatch.setattr(experiment, "is_settled", lambda *args: False)
+    loader = loader_of(500)
+    labels_only = list(range(500))  # once through the dataset for the labels
+    found, needed = experiment.validate_adaptively(origin, models, 0, loader, "cpu")
+    assert needed == 500
+    assert sorted(loader.dataset.asked) == sorted(labels_only * 2)
+    assert found == experiment.validate_models(origin, models, 0, loader_of(500), "cpu")
+
+
+def test_a_vote_on_the_edge_is_not_settled(experiment):
+    """One of six models moves further by just the factor that makes it a suspect, on noisy samples."""
+    rng = np.random.default_rng(0)
+    distances = rng.lognormal(0, 0.3, (3, 60, 6, 2))
+    distances[:, :, 4] *= np.exp(experiment.LEAST_EFFECT)
+    labels = np.arange(60) % 3
+    assert not experiment.is_settled(distances, labels, 0, "crowd", rng)
+    distances[:, :, 4] *= 10
+    assert experiment.is_settled(distances, labels, 0, "crowd", rng)
