@@ -140,10 +140,14 @@ def share_of(images, chosen):
     return images["train_images"][chosen].float() / 255, images["train_labels"][chosen]
 
 
+def pool_of(images, seed: int) -> np.ndarray:
+    """The images that are not for the warm-up in this seed's order: participants get the first of them."""
+    return np.random.default_rng([seed, 1]).permutation(order(images)[WARM_UP_IMAGES:])
+
+
 def shares(images, crowd: Crowd, seed: int) -> list:
     """Images in [0, 1] and labels of every participant; 500 on the average."""
-    pool = np.random.default_rng([seed, 1]).permutation(order(images)[WARM_UP_IMAGES:])
-    pool = pool[: IMAGES * crowd.participants]
+    pool = pool_of(images, seed)[: IMAGES * crowd.participants]
     labels = images["train_labels"][pool].numpy()
     parts = private_attributes.partition(labels, crowd.participants, crowd.alpha, seed)
     return [share_of(images, pool[part]) for part in parts]
@@ -403,6 +407,19 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat({"mean": groups[RATES].mean(), "±": half, "": counts}, axis=1).round(3)
 
 
+def markdown(rows: pd.DataFrame) -> str:
+    """A line a setting: TPR and TNR of each rule, then main-task and backdoor accuracy; means over the seeds."""
+    means = table(rows)["mean"].unstack("rule", sort=False)
+    line = pd.DataFrame({"seeds": rows.groupby("setting", sort=False)["seed"].nunique()})
+    for rule in ("crowd", "paper", "paper, random reference"):
+        pairs = zip(means["tpr", rule], means["tnr", rule], strict=True)
+        line[f"TPR / TNR, {rule}"] = [" / ".join("–" if pd.isna(x) else f"{x:.1%}" for x in pair) for pair in pairs]
+    for kind in ("main", "backdoor"):
+        for rule in ("plain FedAvg", "paper", "crowd", "oracle"):
+            line[f"{kind}, {rule}"] = means[kind, rule].map("{:.1%}".format)
+    return line.reset_index().to_markdown(index=False, disable_numparse=True)
+
+
 def heat_map(summary: pd.DataFrame, path: Path) -> None:
     """TPR and TNR of every setting and rule."""
     means = summary["mean"].drop(index=["plain FedAvg", "oracle"], level="rule")
@@ -428,8 +445,10 @@ def main():
     args = parser.parse_args()
     if not args.table:
         run(args.folder.expanduser(), range(args.seeds), args.workers)
-    summary = table(results())
+    rows = results()
+    summary = table(rows)
     print(summary.to_string())
+    RESULTS.with_suffix(".md").write_text(markdown(rows) + "\n")
     heat_map(summary, RESULTS.with_suffix(".png"))
 
 
