@@ -6,15 +6,13 @@ Every honest participant inspects the models on 6,000 images that nobody has tra
 and once on all of them. One line a setting, seed and participant goes to `benchmarks/budget.csv`.
 """
 
-import argparse
-import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from common import ROOT, private_attributes
+from common import ROOT, arguments, private_attributes
 from detection import AT_ONCE, Crowd, Trained, experiment, flat, load_images, pool_of, settings, share_of
 from tqdm import tqdm
 
@@ -61,14 +59,11 @@ def rows_of(folder: Path, crowd: Crowd, seed: int) -> list[dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="train/<class>/… and test/<class>/…")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser = arguments(__doc__, seeds=2)
     args = parser.parse_args()
     crowds = [(Crowd(n, alpha), seed) for seed in range(args.seeds) for n in (4, 10) for alpha in (None, 0.5)]
     with ProcessPoolExecutor(args.workers) as pool:
-        jobs = [pool.submit(rows_of, args.folder.expanduser(), *job) for job in crowds]
+        jobs = [pool.submit(rows_of, args.folder, *job) for job in crowds]
         rows = [row for job in tqdm(as_completed(jobs), total=len(jobs), desc="crowds x seeds") for row in job.result()]
     table = pd.DataFrame(rows).sort_values(["seed", "participants", "alpha", "pmr"])
     table.to_csv(RESULTS, index=False)

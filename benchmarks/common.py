@@ -1,6 +1,8 @@
 """What the benchmarks share: the exported notebook and the participant's side, as modules."""
 
+import argparse
 import importlib.util
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -22,3 +24,13 @@ def load_experiment():
         sys.modules["experiment"] = module
         spec.loader.exec_module(module)
     return module
+
+
+def arguments(description: str, seeds: int | None = None) -> argparse.ArgumentParser:
+    """A parser for the folder of the images, the number of processes and, of a benchmark that has them, of seeds."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("folder", type=lambda text: Path(text).expanduser(), help="train/<class>/… and test/<class>/…")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
+    if seeds:
+        parser.add_argument("--seeds", type=int, default=seeds)
+    return parser

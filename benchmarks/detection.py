@@ -9,11 +9,9 @@ the same updates, and so does the published rule with the reference of the publi
 trained. One line a setting, seed and rule goes to `benchmarks/detection.csv` as soon as it is known.
 """
 
-import argparse
 import copy
 import csv
 import functools
-import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import ROOT, load_experiment, private_attributes
+from common import ROOT, arguments, load_experiment, private_attributes
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from tqdm import tqdm
@@ -437,14 +435,11 @@ def heat_map(summary: pd.DataFrame, path: Path) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="train/<class>/… and test/<class>/…")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser = arguments(__doc__, seeds=5)
     parser.add_argument("--table", action="store_true", help="run nothing, show what is there")
     args = parser.parse_args()
     if not args.table:
-        run(args.folder.expanduser(), range(args.seeds), args.workers)
+        run(args.folder, range(args.seeds), args.workers)
     rows = results()
     summary = table(rows)
     print(summary.to_string())

@@ -7,8 +7,6 @@ Each round is judged by rule `crowd`, beside the oracle that averages the honest
 global model of its own. One line a round goes to `benchmarks/ten_rounds.csv`; what is there is not run again.
 """
 
-import argparse
-import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from common import ROOT
+from common import ROOT, arguments
 from detection import (
     Crowd,
     Setting,
@@ -86,12 +84,9 @@ def missing(seeds: int) -> list[tuple]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="train/<class>/… and test/<class>/…")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser = arguments(__doc__, seeds=2)
     args = parser.parse_args()
-    folder = args.folder.expanduser()
+    folder = args.folder
     warm_model(load_images(folder), Crowd())
     with ProcessPoolExecutor(args.workers) as pool:
         jobs = [pool.submit(play, folder, *job) for job in missing(args.seeds)]
