@@ -93,8 +93,12 @@ def main():
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="runs of ten rounds"):
             rows = pd.DataFrame(job.result())
             rows.to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False)
-    last = pd.read_csv(RESULTS).query("round == @ROUNDS").fillna({"alpha": "IID"})
-    print(last.groupby(["alpha", "pmr", "defence"])[["tpr", "tnr", "main", "backdoor"]].agg(["mean", "max"]).round(3))
+    last = pd.read_csv(RESULTS).query("round == @ROUNDS")
+    print(
+        last.groupby(["alpha", "pmr", "defence"], dropna=False)[["tpr", "tnr", "main", "backdoor"]]
+        .agg(["mean", "max"])
+        .round(3)
+    )
 
 
 if __name__ == "__main__":
