@@ -27,6 +27,7 @@ import pandas as pd
 import psutil
 import torch
 from common import ROOT, load_experiment
+from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -161,8 +162,10 @@ def figure(summary: pd.DataFrame) -> None:
     picture, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axis, value, title in zip(axes, ("ratio", "peak_mb"), ("time / bare forward passes", "MB"), strict=True):
         for way, rows in full.groupby("way", sort=False):
-            axis.plot(rows["samples"], rows[value].clip(lower=0.1), marker="o", label=way)
+            axis.plot(rows["samples"], rows[value], marker="o", label=way)
         axis.set(title=title, xlabel="samples", yscale="log", xscale="log")
+        axis.set_xticks(full["samples"].unique(), labels=full["samples"].unique(), minor=False)
+        axis.xaxis.set_minor_locator(NullLocator())
     axes[0].legend(frameon=False, fontsize=8)
     picture.savefig(RESULTS.with_suffix(".png"), dpi=110)
 
