@@ -1,6 +1,7 @@
 """The adaptive sample budget: which images, how many, and that nothing is lost in the worst case."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,10 +24,6 @@ class Seen(torch.utils.data.Dataset):
         return self.images[index], int(index) % 3
 
 
-def loader_of(samples):
-    return torch.utils.data.DataLoader(Seen(samples), batch_size=64)
-
-
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60))
 def test_every_beginning_is_as_balanced_as_it_can_be(experiment, labels):
     labels = np.array(labels)
@@ -46,25 +43,51 @@ def test_portions_double_and_cover_everything_once(experiment, samples):
     assert all(stop <= max(experiment.FIRST_PORTION, 2 * start) for start, stop in parts)
 
 
+def named(models):
+    return {f"model {index}": model for index, model in enumerate(models)}
+
+
 def test_a_clear_case_needs_one_portion(experiment, small_models):
     """Five models a step of 0.05 away, one of 0.5: that no redraw can change."""
     origin, models = small_models
-    found, needed = experiment.validate_adaptively(
-        origin, models[:4] + [models[3], models[4]], 0, loader_of(2000), "cpu"
-    )
-    assert found == [5]
-    assert needed == experiment.FIRST_PORTION
+    inspection = experiment.Inspection(Seen(2000))
+    crowd = named(models[:4] + [models[3], models[4]])
+    assert inspection.decide(origin, crowd, "model 0", "cpu") == {"model 5"}
+    assert inspection.images == experiment.FIRST_PORTION
 
 
 def test_in_the_worst_case_it_is_the_vote_on_all_images_each_looked_at_once(experiment, small_models, monkeypatch):
     origin, models = small_models
     monkeypatch.setattr(experiment, "is_settled", lambda *args: False)
-    loader = loader_of(500)
-    labels_only = list(range(500))  # once through the dataset for the labels
-    found, needed = experiment.validate_adaptively(origin, models, 0, loader, "cpu")
-    assert needed == 500
-    assert sorted(loader.dataset.asked) == sorted(labels_only * 2)
-    assert found == experiment.validate_models(origin, models, 0, loader_of(500), "cpu")
+    inspection = experiment.Inspection(Seen(500))
+    found = inspection.decide(origin, named(models), "model 0", "cpu")
+    assert inspection.images == 500
+    once_for_the_labels = list(range(500))
+    assert sorted(inspection.dataset.asked) == sorted(once_for_the_labels * 2)
+    everything = torch.utils.data.DataLoader(Seen(500), batch_size=100)
+    assert found == {f"model {m}" for m in experiment.validate_models(origin, models, 0, everything, "cpu")}
+
+
+@pytest.mark.parametrize("samples", ["adaptive", 200, None])
+@pytest.mark.parametrize("settled", [True, False])
+def test_portions_of_models_change_nothing(experiment, small_models, monkeypatch, samples, settled):
+    """Five models at once, and in portions of one, three and one, as often as it asks for them."""
+    origin, models = small_models
+    monkeypatch.setattr(experiment, "is_settled", lambda *args: settled)
+    torch.manual_seed(3)
+    at_once = experiment.Inspection(Seen(500), samples)
+    expected = at_once.decide(origin, named(models), "model 0", "cpu")
+    torch.manual_seed(3)
+    inspection, crowd, laps = experiment.Inspection(Seen(500), samples), list(named(models).items()), 0
+    while True:
+        laps += 1
+        for portion, last in ((crowd[:1], False), (crowd[1:4], False), (crowd[4:], True)):
+            found = inspection.decide(origin, dict(portion), "model 0", "cpu", complete=last)
+        if found is not None:
+            break
+    assert (found, inspection.images) == (expected, at_once.images)
+    assert laps == (3 if samples == "adaptive" and not settled else 1)
+    assert expected == {"model 4"}
 
 
 def test_a_vote_on_the_edge_is_not_settled(experiment):

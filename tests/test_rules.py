@@ -147,9 +147,9 @@ def test_the_crowd_rule_sees_what_depends_on_the_image_through_a_common_shift(ex
     noise, shifts = rng.normal(size=(64, 8, 10)), rng.normal(size=(8, 10))
     noise[:, [3, 6]] *= 1.6
     outputs = torch.tensor(noise + 15 * shifts / np.linalg.norm(shifts, axis=1, keepdims=True))
-    reference = [torch.zeros(64, 10, dtype=torch.float64)]
-    seen = [experiment.layer_distances([outputs[:, m]], reference, experiment.METRICS) for m in range(8)]
-    distances = torch.stack(seen, dim=2).numpy()
+    nothing = torch.zeros(64, 10, dtype=torch.float64)
+    seen = [[metric(outputs[:, m], nothing) for m in range(8)] for metric in experiment.METRICS]
+    distances = np.array([[values.numpy() for values in row] for row in seen]).transpose(0, 2, 1)[..., None]
     labels = np.arange(64) % 4
     assert experiment.verdict(distances, labels, own=0) == [3, 6]
     assert experiment.verdict(distances[:2], labels, own=0) == [], "the Euclidean distance alone does not show it"
