@@ -17,6 +17,8 @@ from detection import AT_ONCE, Crowd, Trained, experiment, flat, load_images, po
 from tqdm import tqdm
 
 SAMPLES = 6_000
+RULE = "crowd"
+METRICS = experiment.LOOKS_AT[RULE]
 RESULTS = ROOT / "benchmarks" / "budget.csv"
 
 
@@ -25,19 +27,19 @@ def distances_of(trained: Trained, roles, images, seed: int):
     torch.manual_seed(seed)
     pixels, labels = share_of(images, pool_of(images, seed)[-SAMPLES:])
     chosen = experiment.balanced_order(labels.numpy())
-    loader = private_attributes.as_loader(pixels[chosen], labels[chosen], 64)
+    loader = private_attributes.as_loader(pixels[chosen], labels[chosen], experiment.BATCH)
     views = []
     for first in range(0, len(roles), AT_ONCE):
         group = [experiment.with_state(trained.global_model, trained.state(r)) for r in roles[first : first + AT_ONCE]]
-        views.append(experiment.hidden_distances(trained.global_model, group, loader, "cpu", experiment.METRICS)[0])
+        views.append(experiment.hidden_distances(trained.global_model, group, loader, "cpu", METRICS)[0])
     return np.concatenate(views, axis=2), labels.numpy()[chosen]
 
 
-def needed(distances, labels, own: int, rule: str) -> int:
+def needed(distances, labels, own: int) -> int:
     """How many images the adaptive budget takes."""
     rng = np.random.default_rng(0)
     for _, stop in experiment.portions(len(labels)):
-        if experiment.is_settled(distances[:, :stop], labels[:stop], own, rule, rng):
+        if experiment.is_settled(distances[:, :stop], labels[:stop], own, RULE, rng):
             return stop
     return len(labels)
 
@@ -51,8 +53,8 @@ def rows_of(folder: Path, crowd: Crowd, seed: int) -> list[dict]:
     for setting in points:
         distances = everything[:, :, [roles.index(role) for role in setting.roles]]
         for own in sorted(set(range(crowd.participants)) - setting.attackers):
-            taken = needed(distances, labels, own, "crowd")
-            votes = [experiment.verdict(distances[:, :n], labels[:n], own, "crowd") for n in (taken, SAMPLES)]
+            taken = needed(distances, labels, own)
+            votes = [experiment.verdict(distances[:, :n], labels[:n], own, RULE, METRICS) for n in (taken, SAMPLES)]
             row = flat(setting) | {"seed": seed, "voter": own, "images": taken, "same": votes[0] == votes[1]}
             rows.append(row)
     return rows

@@ -93,7 +93,7 @@ def test_portions_of_models_change_nothing(experiment, small_models, monkeypatch
 def test_a_vote_on_the_edge_is_not_settled(experiment):
     """One of six models moves further by just the factor that makes it a suspect, on noisy samples."""
     rng = np.random.default_rng(0)
-    distances = rng.lognormal(0, 0.3, (3, 60, 6, 2))
+    distances = rng.lognormal(0, 0.3, (2, 60, 6, 2))
     distances[:, :, 4] *= np.exp(experiment.LEAST_EFFECT)
     labels = np.arange(60) % 3
     assert not experiment.is_settled(distances, labels, 0, "crowd", rng)

@@ -4,10 +4,14 @@ import contextlib
 import functools
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 
 NAMES = ["Amsterdam", "Bangalore", "Chandler", "Detroit"]
 ATTACK = {"first_round": 2, "scale": 4, "accomplices": ["Detroit"]}
@@ -181,3 +185,123 @@ def test_a_failing_measurement_is_reported(run):
 def test_without_attackers_there_is_no_ground_truth(run):
     row = run({"Detroit": {"adversary": None}}, rounds=1).history[0]
     assert (row["tpr"], row["tnr"]) == (None, None)
+
+
+def without_times(history):
+    parts = [{name: mine | {"seconds": None} for name, mine in row["per_participant"].items()} for row in history]
+    return [row | {"per_participant": part} for row, part in zip(history, parts, strict=True)]
+
+
+def test_portions_of_one_megabyte_change_nothing_but_the_number_of_messages(experiment, run, monkeypatch):
+    """A net of one megabyte, so that every model is a portion of its own; own models are looked at with the first."""
+    handed, inspect_models = [], experiment.inspect_models
+
+    def counted(config, round, name, memory, updates, complete, *rest):
+        assert len(updates) == 1 or config.message_mb > 1
+        handed.append((round, name, complete))
+        return inspect_models(config, round, name, memory, updates, complete, *rest)
+
+    monkeypatch.setattr(experiment, "inspect_models", counted)
+    whole = run()
+    assert len(handed) == 2 * 4
+    handed.clear()
+    parts = run(message_mb=1)
+    assert len(handed) == 2 * 4 * 4
+    assert sum(complete for _, _, complete in handed) == 2 * 4
+    assert without_times(parts.history) == without_times(whole.history)
+    assert parts.global_model == whole.global_model
+
+
+def test_models_are_handed_over_again_to_those_alone_who_need_more_images(experiment, run, monkeypatch):
+    """Four portions of models, 40 images in portions of 10: Bangalore settles at once, the others never do."""
+    monkeypatch.setattr(experiment, "FIRST_PORTION", 10)
+    handed, inspect_models = [], experiment.inspect_models
+
+    def counted(config, round, name, *rest):
+        handed.append(name)
+        monkeypatch.setattr(experiment, "is_settled", lambda *args: name == "Bangalore")
+        return inspect_models(config, round, name, *rest)
+
+    monkeypatch.setattr(experiment, "inspect_models", counted)
+    row = run(message_mb=1, rounds=1).history[0]
+    assert {name: handed.count(name) for name in NAMES} == dict.fromkeys(NAMES, 3 * 4) | {"Bangalore": 4}
+    assert set(row["votes"]) == set(NAMES) and row["failed"] == {}
+
+
+def test_a_validator_that_never_decides_is_given_up_and_reported(experiment, run, monkeypatch):
+    monkeypatch.setattr(experiment, "LAPS", 2)
+    monkeypatch.setattr(experiment.Inspection, "conclude", lambda self, own: self.current.clear())
+    row = run(message_mb=1, rounds=1).history[0]
+    assert row["votes"] == {} and row["accepted"] == []
+    assert set(row["failed"]) == set(NAMES)
+
+
+def test_some_validators_decide_for_all(run):
+    history = run(validators_per_round=2, rounds=2).history
+    for row in history:
+        assert len(row["votes"]) == 2
+        assert row["failed"] == {}
+        assert all(set(ballot) == set(NAMES) for ballot in row["votes"].values())
+        assert "local_validation" in row["per_participant"][next(iter(row["votes"]))]["seconds"]
+    again = run(validators_per_round=2, rounds=2).history
+    assert [list(row["votes"]) for row in again] == [list(row["votes"]) for row in history]
+
+
+def test_the_draw_of_validators_is_fair_and_depends_on_the_updates(experiment):
+    names, config = [f"P{i}" for i in range(10)], experiment.Config(validators_per_round=3)
+    counts = dict.fromkeys(names, 0)
+    for sent in range(500):
+        drawn = experiment.draw_validators(config, 1, dict.fromkeys(names, b"%d" % sent))
+        assert len(set(drawn)) == 3
+        for name in drawn:
+            counts[name] += 1
+    assert all(100 <= count <= 200 for count in counts.values()), "150 each on the average, four deviations are 41"
+    everybody = experiment.draw_validators(experiment.Config(validators_per_round=10), 1, dict.fromkeys(names, b""))
+    assert everybody == names
+
+
+def test_who_missed_a_step_of_the_global_model_is_reported_and_does_not_go_on_with_another_one(experiment, run):
+    class Forgetful(dict):
+        """Loses the global model of the second round."""
+
+        def __setitem__(self, key, value):
+            super().__setitem__(key, value - 1 if key == "version" and value == 2 else value)
+
+    rows = run({"Chandler": {"memory": Forgetful()}}, rounds=3).history
+    assert "missed a step" in rows[1]["failed"]["Chandler"]
+    assert all("Chandler" in row["excluded"] for row in rows[1:])
+    assert [set(row["votes"]) for row in rows[1:]] == [set(NAMES) - {"Chandler"}] * 2
+
+
+RUN = """
+import contextlib, functools, json, sys
+from dataclasses import replace
+
+import experiment
+import private_attributes
+from openfl.experimental.workflow.interface import Aggregator, Collaborator
+from openfl.experimental.workflow.runtime import LocalRuntime
+
+names, data = json.loads(sys.argv[2]), {"train_samples": 40, "test_samples": 30}
+with contextlib.redirect_stdout(sys.stderr):
+    bring = [functools.partial(private_attributes.participant, n, data | {"index": i}) for i, n in enumerate(names)]
+    participants = [Collaborator(name=n, private_attributes_callable=f) for n, f in zip(names, bring)]
+    flow = experiment.FederatedCrowdGuard(replace(experiment.demo, rounds=2, local_epochs=1, hidden=16))
+    flow.runtime = LocalRuntime(Aggregator(name="aggregator"), participants, backend=sys.argv[1])
+    flow.run()
+print(json.dumps(flow.history))
+"""
+
+
+def test_ray_gives_the_same_results(exported, tmp_path):
+    """In processes of their own, in which Ray's workers too find the exported module."""
+    paths = os.pathsep.join(map(str, (exported.parent, ROOT / "envoy")))
+    environment = os.environ | {"PYTHONPATH": paths, "METAFLOW_USER": "tests", "HOME": str(tmp_path)}
+    histories = []
+    for backend in ("single_process", "ray"):
+        command = [sys.executable, "-c", RUN, backend, json.dumps(NAMES)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        histories.append(without_times(json.loads(done.stdout.splitlines()[-1])))
+    assert histories[0] == histories[1]
+    assert len(histories[0]) == 2 and all(len(row["votes"]) == 4 for row in histories[0])

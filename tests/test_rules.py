@@ -133,6 +133,16 @@ def test_the_crowd_rule_goes_by_the_size_of_the_effect(experiment, factor):
     assert experiment.verdict(distances, labels, own=2) == ([6] if factor > np.exp(experiment.LEAST_EFFECT) else [])
 
 
+@pytest.mark.parametrize(("scatter", "found"), [(0.02, {3}), (0.15, set())])
+def test_in_a_crowd_that_is_scattered_itself_a_small_effect_says_nothing(experiment, scatter, found):
+    """Three models at -s, 0 and s, one 0.35 above their mean. For s = 0.15 chance alone reaches 0.506, by hand:
+    Student's t at 95 % with two degrees of freedom is 2.920, times s, times the root of 4/3, is 3.372 s."""
+    assert experiment.least_gap(np.array([-scatter, 0, scatter])) == pytest.approx(max(0.3, 3.372 * scatter), abs=1e-3)
+    factors = np.exp([-scatter, 0, scatter, 0.35])
+    matrix = (np.sign(factors - 1) * (factors - 1) ** 2)[:, None]
+    assert experiment.suspects(matrix, own=1) == found
+
+
 def test_the_crowd_rule_finds_several_kinds_of_attackers_one_after_the_other(experiment):
     """A first cut takes the two that are far away, a second one the two that they hid."""
     distances = np.random.default_rng(4).uniform(0.95, 1.05, (3, 60, 10, 4))

@@ -1,8 +1,10 @@
 """Each step of the client validation against a slow plain-loop reference, and against the published implementation."""
 
 import contextlib
+import gc
 import io
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -228,3 +230,39 @@ def test_a_cycle_of_accusations_throws_nobody_out(experiment):
 
 def test_nobody_votes_nobody_is_trusted(experiment):
     assert experiment.stacked_clustering(np.empty((0, 3))).tolist() == [False] * 3
+
+
+def test_no_more_than_one_layer_of_one_model_is_kept_beside_the_reference(experiment, small_models, monkeypatch):
+    origin, models = small_models
+    images, alive, most = torch.randn(8, 3, 32, 32), weakref.WeakSet(), []
+    reference = experiment.hidden_outputs(origin, images)
+    assert len(reference) == 4
+
+    def metric(output, of_layer):
+        gc.collect()
+        alive.add(output)
+        most.append(len(alive))
+        return experiment.euclidean(output, of_layer)
+
+    distances = experiment.model_distances(models[0], images, reference, [metric])
+    assert distances.shape == (1, 8, 4)
+    assert max(most) <= 2, "the one that is looked at, and at most the next one, which has just been computed"
+
+
+def test_an_activation_in_place_is_seen_and_one_that_is_not_is_not(experiment):
+    for inplace in (True, False):
+        net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(inplace=inplace), torch.nn.Linear(5, 2))
+        outputs = experiment.hidden_outputs(net, torch.randn(50, 3))
+        assert (outputs[0].min() >= 0) == inplace
+        assert outputs[1].min() < 0
+
+
+@pytest.mark.parametrize("samples", [64, 640])
+def test_every_image_passes_once_through_every_model(experiment, small_models, samples):
+    origin, models = small_models
+    passed = dict.fromkeys([origin, *models], 0)
+    for model in passed:
+        model.register_forward_hook(lambda model, inputs, output: passed.update({model: passed[model] + len(output)}))
+    batches = [(torch.randn(32, 3, 32, 32), torch.zeros(32)) for _ in range(samples // 32)]
+    experiment.validate_models(origin, models, 0, batches, "cpu")
+    assert set(passed.values()) == {samples}

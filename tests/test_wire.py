@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save
 
 
@@ -113,3 +115,31 @@ def test_malformed_ballots_are_left_out_and_reported(experiment, votes):
 
 def test_nobody_trusted_keeps_the_global_model(experiment, state):
     assert experiment.next_global_model(state, {}, []) is state
+
+
+@given(st.dictionaries(st.text(), st.binary(max_size=30)), st.integers(1, 60))
+def test_waves_hold_every_update_once_and_are_no_larger_than_allowed(experiment, updates, most):
+    portions = experiment.waves(updates, most)
+    assert [name for portion in portions for name in portion] == list(updates)
+    assert all(portion[name] is updates[name] for portion in portions for name in portion)
+    assert all(sum(map(len, portion.values())) <= most or len(portion) == 1 for portion in portions)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_who_takes_the_steps_holds_the_aggregators_model(experiment, dtype):
+    """From nothing to a first model, then two steps: bit for bit the same, and near the exact one."""
+    config, memory, packed = experiment.Config(hidden=8, width=2, update_dtype=dtype), {}, None
+    exact = experiment.initial_model(config).state_dict()
+    for version in (1, 2, 3):
+        before = experiment.load(packed) if packed else {n: torch.zeros_like(v) for n, v in exact.items()}
+        step = experiment.pack_update(exact, before, dtype)
+        packed = experiment.stepped(packed, step, config)
+        experiment.follow(memory, (version, step), config)
+        assert memory["global_model"] == packed
+        near = experiment.global_state(memory, version)
+        assert all((near[name] - value).abs().max() <= 0.01 * (1 + value.abs().max()) for name, value in exact.items())
+        exact = {name: value + 0.1 * torch.randn_like(value) for name, value in exact.items()}
+    with pytest.raises(LookupError, match="cannot take the step to 3"):
+        experiment.follow(memory, (3, step), config)
+    with pytest.raises(LookupError, match="missed a step"):
+        experiment.global_state(memory, 4)
