@@ -226,9 +226,13 @@ class Trained:
         of = {name: cut(kept[name][:, :, columns], axis=1) for name in references}
         return {name: list(zip(parts, labels, strict=True)) for name, parts in of.items()}
 
+    def validation_loaders(self) -> list:
+        """The images on which each participant inspects the models."""
+        return [validation_loader(share, self.seed, p) for p, share in enumerate(self.shares)]
+
     def inspect(self, roles: list[Role]) -> dict:
         """What all participants see when they inspect the models, a few models at a time."""
-        batches = [list(validation_loader(share, self.seed, p)) for p, share in enumerate(self.shares)]
+        batches = [list(loader) for loader in self.validation_loaders()]
         counts = [sum(len(labels) for _, labels in mine) for mine in batches]
         everyones = [batch for mine in batches for batch in mine]
         looks = {"G": (self.global_model, experiment.METRICS)}

@@ -3,6 +3,7 @@
 python director/federation.py -- pytest tests/live
 """
 
+import ast
 import os
 import sys
 import time
@@ -56,6 +57,17 @@ def test_an_error_in_the_flow_reaches_the_notebook_and_the_next_experiment_runs(
     with pytest.raises(papermill.PapermillExecutionError, match="ZeroDivisionError"):
         execute(old='"""One line on a row of history."""', new="1 / 0")
     assert execute(show="len(flflow.history)") == "1"
+
+
+def test_what_travels_is_updates_in_half_precision_and_nobody_gets_its_own_back(execute):
+    """Bytes counted where they are serialised, four participants; the envelopes are a few kilobytes."""
+    rows = "[(row['step'], row['down'], row['up']) for row in flflow.traffic if row['participant'] != 'aggregator']"
+    packed, traffic = ast.literal_eval(execute(show=f"(len(flflow.global_model), {rows})"))
+    updates = {"train": (1, 1), "local_validation": (3, 0), "evaluate": (1, 0)}
+    assert sorted(step for step, _, _ in traffic) == sorted(list(updates) * 4)
+    for step, down, up in traffic:
+        for sent, count in zip((down, up), updates[step], strict=True):
+            assert abs(sent - count * packed / 2) < 10_000
 
 
 def test_no_director_is_said_at_once(execute):

@@ -1,0 +1,108 @@
+"""What a live federation on this machine sends, and what it spends its time on: four envoys, the full net.
+
+The bytes are counted where OpenFL serialises the messages. A hand-over is what lies between two steps of the
+aggregator; the participant that answers last decides how long it takes: its work, the way of its messages there and
+back with their serialisation, and the rest, which is waiting.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pandas as pd
+import psutil
+from common import ROOT
+from tqdm import tqdm
+
+RESULTS = ROOT / "benchmarks" / "federation.csv"
+ENVOYS = {"data.source": "image_folder", "data.train_samples": 256, "data.test_samples": 128, "attack.first_round": 1}
+CONFIG = {"rounds": 2, "rule": "crowd", "validation_samples": "adaptive"}
+DTYPES = ("bfloat16", "float32")
+
+
+class Tree(threading.Thread):
+    """The largest memory of this process's descendants together, shared pages counted once, looked at every second."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.largest, self.done = 0, threading.Event()
+
+    def run(self):
+        while not self.done.wait(1):
+            self.largest = max(self.largest, sum(map(self.size, psutil.Process().children(recursive=True))))
+
+    @staticmethod
+    def size(process) -> int:
+        try:
+            return process.memory_full_info().pss
+        except psutil.Error:
+            return 0
+
+
+def options(changes: dict) -> list[str]:
+    return [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+
+
+def history_of(folder: Path, dtype: str) -> tuple[dict, float]:
+    """Runs the notebook on a federation of its own; returns what it writes, and the peak of memory in GB."""
+    with tempfile.TemporaryDirectory() as results:
+        notebook = [sys.executable, "run.py", "--config", "published", "--results", results]
+        launch = [sys.executable, "director/federation.py", *options(ENVOYS | {"data.folder": folder})]
+        command = [*launch, "--", *notebook, *options(CONFIG | {"update_dtype": dtype})]
+        tree = Tree()
+        tree.start()
+        done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+        tree.done.set()
+        if done.returncode:
+            raise RuntimeError(f"the federation failed:\n{done.stdout[-3000:]}")
+        return json.loads((Path(results) / "history.json").read_text()), tree.largest / 1e9
+
+
+def hand_overs(written: dict) -> list[dict]:
+    """A row for each hand-over: its bytes, and where its time went."""
+    rows, waiting_for, ended = [], [], None
+    for row in sorted(written["traffic"], key=lambda row: row["given"]):
+        if row["participant"] != "aggregator":
+            waiting_for.append(row)
+            continue
+        if waiting_for:
+            rows.append(hand_over(waiting_for, row["given"] - ended, written["federation"]))
+        waiting_for, ended = [], row["taken"]
+    return rows
+
+
+def hand_over(tasks: list[dict], wall: float, history: list[dict]) -> dict:
+    last = max(tasks, key=lambda task: task["taken"])
+    mine = history[last["round"] - 1]["per_participant"][last["participant"]]
+    work, away = mine["seconds"][last["step"]], last["taken"] - last["given"]
+    sums = {f"{way}_mb": round(sum(task[way] for task in tasks) / 1e6, 2) for way in ("down", "up")}
+    times = {"wall": wall, "work": work, "transport": away - work, "waiting": wall - away}
+    largest = round(max(task[way] for task in tasks for way in ("down", "up")) / 1e6, 2)
+    return {key: last[key] for key in ("round", "step")} | sums | {"largest_mb": largest} | {
+        key: round(value, 2) for key, value in times.items()
+    }  # fmt: skip
+
+
+def run(folder: Path, repetitions: int) -> None:
+    done = set()
+    if RESULTS.exists():
+        done = set(pd.read_csv(RESULTS)[["repetition", "dtype"]].itertuples(index=False, name=None))
+    missing = [(r, dtype) for r in range(repetitions) for dtype in DTYPES if (r, dtype) not in done]
+    for repetition, dtype in tqdm(missing, desc="federations"):
+        written, peak = history_of(folder, dtype)
+        where = {"repetition": repetition, "dtype": dtype}
+        rows = pd.DataFrame([where | row | {"peak_gb": round(peak, 2)} for row in hand_overs(written)])
+        rows.to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False)
+
+
+def main(folder: Path, repetitions: int) -> None:
+    run(folder, repetitions)
+    rows = pd.read_csv(RESULTS)
+    rows["total_mb"] = rows["down_mb"] + rows["up_mb"]
+    print(rows.groupby(["dtype", "round", "step"], sort=False).median().drop(columns="repetition").round(2).to_string())
+    print(rows.groupby(["dtype", "repetition", "round"])["total_mb"].sum().groupby(["dtype", "round"]).median())
+    print(rows.groupby("dtype")[["waiting", "largest_mb", "peak_gb"]].agg(["median", "max"]))
