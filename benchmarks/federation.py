@@ -2,7 +2,7 @@
 
 The bytes are counted where OpenFL serialises the messages. A hand-over is what lies between two steps of the
 aggregator; the participant that answers last decides how long it takes: its work, the way of its messages there and
-back with their serialisation, and the rest, which is waiting.
+back with their serialisation, and the rest, which is waiting; `waiting` is that of one hand-over.
 """
 
 import json
@@ -62,29 +62,28 @@ def history_of(folder: Path, dtype: str) -> tuple[dict, float]:
         return json.loads((Path(results) / "history.json").read_text()), tree.largest / 1e9
 
 
-def hand_overs(written: dict) -> list[dict]:
-    """A row for each hand-over: its bytes, and where its time went."""
-    rows, waiting_for, ended = [], [], None
+def steps(written: dict) -> list[dict]:
+    """A row for each step of the participants: its bytes, and where its time went."""
+    hand_overs, tasks, ended = {}, [], None
     for row in sorted(written["traffic"], key=lambda row: row["given"]):
         if row["participant"] != "aggregator":
-            waiting_for.append(row)
+            tasks.append(row)
             continue
-        if waiting_for:
-            rows.append(hand_over(waiting_for, row["given"] - ended, written["federation"]))
-        waiting_for, ended = [], row["taken"]
-    return rows
+        if tasks:  # several hand-overs a step if the models come in portions
+            hand_overs.setdefault((tasks[0]["round"], tasks[0]["step"]), []).append((tasks, row["given"] - ended))
+        tasks, ended = [], row["taken"]
+    return [step_row(written["federation"], *where, those) for where, those in hand_overs.items()]
 
 
-def hand_over(tasks: list[dict], wall: float, history: list[dict]) -> dict:
-    last = max(tasks, key=lambda task: task["taken"])
-    mine = history[last["round"] - 1]["per_participant"][last["participant"]]
-    work, away = mine["seconds"][last["step"]], last["taken"] - last["given"]
-    sums = {f"{way}_mb": round(sum(task[way] for task in tasks) / 1e6, 2) for way in ("down", "up")}
-    times = {"wall": wall, "work": work, "transport": away - work, "waiting": wall - away}
-    largest = round(max(task[way] for task in tasks for way in ("down", "up")) / 1e6, 2)
-    return {key: last[key] for key in ("round", "step")} | sums | {"largest_mb": largest} | {
-        key: round(value, 2) for key, value in times.items()
-    }  # fmt: skip
+def step_row(history: list[dict], number: int, step: str, hand_overs: list) -> dict:
+    last = [max(tasks, key=lambda task: task["taken"]) for tasks, _ in hand_overs]
+    wall, away = sum(seconds for _, seconds in hand_overs), sum(task["taken"] - task["given"] for task in last)
+    work = history[number - 1]["per_participant"][last[-1]["participant"]]["seconds"][step]
+    times = {"wall": wall, "work": work, "transport": away - work, "waiting": (wall - away) / len(hand_overs)}
+    megabytes = pd.DataFrame([task for tasks, _ in hand_overs for task in tasks])[["down", "up"]] / 1e6
+    sizes = {"down_mb": megabytes["down"].sum(), "up_mb": megabytes["up"].sum(), "largest_mb": megabytes.max().max()}
+    where = {"round": number, "step": step, "hand_overs": len(hand_overs)}
+    return where | {key: round(float(value), 2) for key, value in (sizes | times).items()}
 
 
 def run(folder: Path, repetitions: int) -> None:
@@ -95,7 +94,7 @@ def run(folder: Path, repetitions: int) -> None:
     for repetition, dtype in tqdm(missing, desc="federations"):
         written, peak = history_of(folder, dtype)
         where = {"repetition": repetition, "dtype": dtype}
-        rows = pd.DataFrame([where | row | {"peak_gb": round(peak, 2)} for row in hand_overs(written)])
+        rows = pd.DataFrame([where | row | {"peak_gb": round(peak, 2)} for row in steps(written)])
         rows.to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False)
 
 

@@ -134,12 +134,16 @@ def test_who_takes_the_steps_holds_the_aggregators_model(experiment, dtype):
         before = experiment.load(packed) if packed else {n: torch.zeros_like(v) for n, v in exact.items()}
         step = experiment.pack_update(exact, before, dtype)
         packed = experiment.stepped(packed, step, config)
-        experiment.follow(memory, (version, step), config)
+        experiment.follow(memory, (version, step, version == 1), config)
         assert memory["global_model"] == packed
         near = experiment.global_state(memory, version)
         assert all((near[name] - value).abs().max() <= 0.01 * (1 + value.abs().max()) for name, value in exact.items())
         exact = {name: value + 0.1 * torch.randn_like(value) for name, value in exact.items()}
-    with pytest.raises(LookupError, match="cannot take the step to 3"):
-        experiment.follow(memory, (3, step), config)
+    experiment.follow(memory, (3, step, False), config)
+    assert memory["global_model"] == packed, "a step that has been taken is not taken again"
+    with pytest.raises(LookupError, match="cannot take the step to 5"):
+        experiment.follow(memory, (5, step, False), config)
+    experiment.follow(memory, (5, packed, True), config)
+    assert memory == {"global_model": packed, "version": 5}
     with pytest.raises(LookupError, match="missed a step"):
         experiment.global_state(memory, 4)
