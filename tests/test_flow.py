@@ -321,9 +321,13 @@ with open(f"{sys.argv[1]}.json", "w") as file:
 
 
 def test_ray_gives_the_same_results(exported, tmp_path):
-    """In a process of its own, so that Ray's workers too find the exported module; with Ray two of them share four."""
+    """In a process of its own, so that Ray's workers too find the exported module; with Ray two of them share four.
+
+    One thread for all: Ray gives its workers one by itself, and sums of several threads differ in the last bits.
+    """
     paths = os.pathsep.join(map(str, (exported.parent, ROOT / "envoy")))
     environment = os.environ | {"PYTHONPATH": paths, "METAFLOW_USER": "tests", "HOME": str(tmp_path)}
+    environment["OMP_NUM_THREADS"] = "1"
     histories = []
     for backend in ("single_process", "ray"):
         command = [sys.executable, "-c", RUN, backend, json.dumps(NAMES)]
