@@ -63,6 +63,8 @@ def execute(notebook, output: Path | None) -> None:
         copy = Path(folder) / NOTEBOOK.name
         nbformat.write(notebook, copy)
         os.environ["CROWDGUARD_NOTEBOOK"] = str(copy)  # so that the copy's settings reach the envoys
+        if output:  # two of these at once must not share a workspace
+            os.environ.setdefault("CROWDGUARD_WORKSPACE", str(Path(folder) / "workspace" / "generated_workspace"))
         try:
             running = output and output.with_suffix(".failed.ipynb")  # an earlier result stays until there is a new one
             papermill.execute_notebook(copy, running, cwd=NOTEBOOK.parent, log_output=True, progress_bar=False)

@@ -57,13 +57,20 @@ def main():
             raise SystemExit(f"{file} is missing: the operator of the director makes it")
     host, port = director_answers(args.settings, settings.director)
 
-    from openfl.experimental.workflow.component.envoy import Envoy
+    from openfl.experimental.workflow.component.envoy import Envoy, envoy
 
+    class Client(envoy.EnvoyDirectorClient):
+        """Takes the whole experiment at once, where OpenFL tries again after an error; later it would end the envoy."""
+
+        def get_experiment_data(self, name):
+            return list(super().get_experiment_data(name))
+
+    envoy.EnvoyDirectorClient = Client
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     os.environ.setdefault("METAFLOW_USER", settings.name)  # metaflow fails without a user name
     written = Path(f"{settings.name}.openfl.yaml").absolute()
     written.write_text(yaml.safe_dump(config))
-    envoy = Envoy(
+    participant = Envoy(
         envoy_name=settings.name,
         director_host=host,
         director_port=port,
@@ -74,7 +81,7 @@ def main():
         install_requirements=False,  # an experiment does not change this machine's packages
     )
     try:
-        envoy.start()
+        participant.start()
     except KeyboardInterrupt:
         os._exit(130)  # OpenFL's health check would go on, and the director count on this envoy
 

@@ -59,6 +59,16 @@ def test_an_error_in_the_flow_reaches_the_notebook_and_the_next_experiment_runs(
     assert execute(show="len(flflow.history)") == "1"
 
 
+def test_experiments_that_cannot_go_well_say_why_and_the_next_one_runs(execute):
+    """One that cannot be loaded at the director, and one in which every participant fails."""
+    only_there = "import sys\n\nif 'start.py' in sys.argv[0]:\n    import a_package_that_nobody_has\n"
+    with pytest.raises(papermill.PapermillExecutionError, match="the director could not run.*a_package_that_nobody"):
+        execute(old="import asyncio\n", new="import asyncio\n" + only_there)
+    with pytest.raises(papermill.PapermillExecutionError, match="no round had a model to average.*ZeroDivisionError"):
+        execute(old='"update": memory["update"],', new='"update": 1 / 0,')
+    assert execute(show="len(flflow.history)") == "1"
+
+
 def test_what_travels_is_updates_in_half_precision_and_nobody_gets_its_own_back(execute):
     """Bytes counted where they are serialised, four participants; the envelopes are a few kilobytes."""
     rows = "[(row['step'], row['down'], row['up']) for row in flflow.traffic if row['participant'] != 'aggregator']"
