@@ -54,10 +54,15 @@ def alternative_name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def certificate_authority(folder: Path, days: int):
+CA_DAYS = 3650  # what it signs ends sooner and can be made anew; a new CA means new files for everybody
+
+
+def certificate_authority(folder: Path):
     """The CA's name and key; made if it is not there yet."""
     name, path = common_name("FederatedCrowdGuard CA"), folder / "ca.key"
     if path.exists():
+        if not still_good(folder / "ca.crt", "FederatedCrowdGuard CA"):
+            raise SystemExit(f"{folder / 'ca.crt'} is missing or has expired: move {folder} away and make all anew")
         return name, serialization.load_pem_private_key(path.read_bytes(), password=None)
     key = ec.generate_private_key(ec.SECP256R1())
     usage = x509.KeyUsage(False, False, False, False, False, key_cert_sign=True, crl_sign=True, encipher_only=False,
@@ -67,19 +72,27 @@ def certificate_authority(folder: Path, days: int):
         (usage, True),
         (x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False),
     ]
-    certificate = issue("FederatedCrowdGuard CA", key, name, key, days, extensions)
+    certificate = issue("FederatedCrowdGuard CA", key, name, key, CA_DAYS, extensions)
     (folder / "ca.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     write_private(path, key)
     return name, key
 
 
-def still_good(path: Path, host: str | None) -> bool:
-    """Whether the certificate is there, not about to expire, and, if it is the director's, for that host."""
+def still_good(path: Path, name: str) -> bool:
+    """Whether the certificate is there, not about to expire, and has this common name."""
     if not path.exists():
         return False
     certificate = x509.load_pem_x509_certificate(path.read_bytes())
     left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
-    return left > datetime.timedelta(days=1) and certificate.subject == common_name(host or path.stem)
+    return left > datetime.timedelta(days=1) and certificate.subject == common_name(name)
+
+
+def director_of(folder: Path) -> str:
+    """The host for which the director's certificate is; localhost if there is none."""
+    if not (path := folder / "director.crt").exists():
+        return "localhost"
+    subject = x509.load_pem_x509_certificate(path.read_bytes()).subject
+    return subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value
 
 
 def check_name(name: str) -> None:
@@ -88,22 +101,24 @@ def check_name(name: str) -> None:
         raise SystemExit(f"{name!r} cannot be a participant: a name is letters, digits, - and _, and not one of ours")
 
 
-def make_certificates(folder: Path, director: str, participants: list[str], days: int = 365) -> None:
-    """Writes what is not there yet or has expired: CA, `director`, `experimenter` and every participant.
+def make_certificates(folder: Path, director: str | None, participants: list[str], days: int = 365) -> None:
+    """Writes what is not there yet or has expired: `director`, `experimenter` and every participant, and a CA if there
+    is none.
 
     Args:
-        director: host name or address under which the director is reached.
+        director: host name or address under which the director is reached; None if that shall stay as it is.
         participants: envoy names; OpenFL compares them with the certificates' common names.
     """
     for name in participants:
         check_name(name)
     folder.mkdir(parents=True, exist_ok=True)
-    ca_name, ca_key = certificate_authority(folder, days)
+    director = director or director_of(folder)
+    ca_name, ca_key = certificate_authority(folder)
     usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
     hosts = dict.fromkeys([director, "localhost", "127.0.0.1"])
     server = x509.SubjectAlternativeName([alternative_name(host) for host in hosts])
     for file, name in [("director", director), ("experimenter", "experimenter"), *((p, p) for p in participants)]:
-        if still_good(folder / f"{file}.crt", director if file == "director" else None):
+        if still_good(folder / f"{file}.crt", name):
             continue
         key = ec.generate_private_key(ec.SECP256R1())
         identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
@@ -117,12 +132,13 @@ def make_certificates(folder: Path, director: str, participants: list[str], days
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("participants", nargs="+", help="envoy names")
-    parser.add_argument("--director", default="localhost", help="host name or address of the director's machine")
+    parser.add_argument("--director", help="host name or address of its machine; as before, or localhost")
     parser.add_argument("--folder", type=Path, default=Path("certificates"))
     parser.add_argument("--days", type=int, default=365)
     args = parser.parse_args()
     make_certificates(args.folder, args.director, args.participants, args.days)
-    print(f"certificates for {args.director}, experimenter, {', '.join(args.participants)} are in {args.folder}")
+    names = [director_of(args.folder), "experimenter", *args.participants]
+    print(f"certificates for {', '.join(names)} are in {args.folder}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What director and envoys receive."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,15 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_exported_module_imports_without_network_and_writes_nothing(exported, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(exported, alone)
     code = "import socket\ndef no(*a, **k): raise OSError('network')\nsocket.socket.connect = no\nimport experiment\n"
     code += "assert experiment.FederatedCrowdGuard and experiment.Config().rounds"
-    environment = {"PYTHONPATH": str(exported.parent), "HOME": str(tmp_path), "PATH": ""}
+    environment = {"PYTHONPATH": str(alone), "HOME": str(tmp_path), "PATH": ""}
     command = [sys.executable, "-B", "-W", "ignore", "-c", code]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120)
-    assert not list(tmp_path.iterdir())
-    assert [file.name for file in exported.parent.iterdir()] == ["experiment.py"]
+    assert [file.name for file in tmp_path.rglob("*")] == ["alone", "experiment.py"]
 
 
 def test_export_writes_plan_code_and_requirements(tmp_path, monkeypatch):

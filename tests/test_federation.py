@@ -129,6 +129,16 @@ def test_the_director_certificate_follows_the_host(tmp_path):
     certificates.make_certificates(tmp_path, "director.example.org", ["Amsterdam"])
     changed = {file.name for file in tmp_path.iterdir() if file.read_bytes() != before[file.name]}
     assert changed == {"director.crt", "director.key"}
+    certificates.make_certificates(tmp_path, None, ["Espoo"])
+    assert certificates.director_of(tmp_path) == "director.example.org", "who comes later does not move it"
+
+
+def test_nothing_is_signed_by_a_ca_that_has_expired(tmp_path, monkeypatch):
+    monkeypatch.setattr(certificates, "CA_DAYS", 0)
+    certificates.make_certificates(tmp_path, "localhost", ["Amsterdam"])
+    with pytest.raises(SystemExit, match="ca.crt is missing or has expired"):
+        certificates.make_certificates(tmp_path, "localhost", ["Espoo"])
+    assert not (tmp_path / "Espoo.crt").exists()
 
 
 @pytest.mark.parametrize("text", ["[]", "", "port: yes", "port: 1\nenvoy_health_check_period: 5\nhost: x", "1: 2"])

@@ -73,8 +73,11 @@ def test_the_published_second_stage_lets_a_coalition_in_when_honest_voters_err(e
     assert let_in["paper"] > 5 * let_in["crowd"]
 
 
-MALFORMED = [None, [], "1", 1, {}, {"A": 1}, {"A": 1, "B": 2, "C": 1}, {"A": 1, "B": 0.0, "C": 1},
-             {"A": 1, "B": None, "C": 1}, {"A": 1, "B": 1, "C": 1, "D": 1}, {"A": True, "B": 1, "C": 0}]  # fmt: skip
+MALFORMED = [
+    None, [], [1, 1, 0], "1", 1, {}, {"A": 1}, {"A": [1], "B": 1, "C": 0}, {"A": 1.0, "B": 1, "C": 0},
+    {"A": 1, "B": 2, "C": 1}, {"A": 1, "B": 0.0, "C": 1}, {"A": 1, "B": None, "C": 1},
+    {"A": 1, "B": 1, "C": 1, "D": 1}, {"A": True, "B": 1, "C": 0},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("votes", MALFORMED)

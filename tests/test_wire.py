@@ -92,31 +92,6 @@ def test_sound_updates_tells_who_failed_and_why(experiment, state, local):
     assert failed["C"] == "local_update: OSError: disk"
 
 
-@pytest.mark.parametrize(
-    "votes",
-    [
-        None,
-        "1",
-        [1, 1],
-        {"A": [1], "B": 0},
-        {"A": True, "B": 0},
-        {"A": 1.0, "B": 0},
-        {"A": 1},
-        {"A": 1, "B": 1, "C": 1},
-        {"A": 1, "B": 2},
-        {"A": 1, "B": None},
-    ],
-)
-def test_malformed_ballots_are_left_out_and_reported(experiment, votes):
-    ballots, failed = experiment.sound_ballots({"A": {"votes": {"A": 1, "B": 0}}, "B": {"votes": votes}}, ["A", "B"])
-    assert ballots == {"A": {"A": 1, "B": 0}}
-    assert list(failed) == ["B"]
-
-
-def test_nobody_trusted_keeps_the_global_model(experiment, state):
-    assert experiment.next_global_model(state, {}, []) is state
-
-
 @given(st.dictionaries(st.text(), st.binary(max_size=30)), st.integers(1, 60))
 def test_waves_hold_every_update_once_and_are_no_larger_than_allowed(experiment, updates, most):
     portions = experiment.waves(updates, most)
