@@ -26,11 +26,12 @@ def load_experiment():
     return module
 
 
-def arguments(description: str, seeds: int | None = None) -> argparse.ArgumentParser:
-    """A parser for the folder of the images, the number of processes and, of a benchmark that has them, of seeds."""
+def arguments(description: str, seeds: int | None = None, parallel: bool = True) -> argparse.ArgumentParser:
+    """A parser for the folder of the images and, of a benchmark that has them, for seeds and the processes."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("folder", type=lambda text: Path(text).expanduser(), help="train/<class>/… and test/<class>/…")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
+    if parallel:
+        parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
     if seeds:
         parser.add_argument("--seeds", type=int, default=seeds)
     return parser

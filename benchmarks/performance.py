@@ -16,7 +16,7 @@ PARTS = ("inspection", "federation", "growth")
 
 
 def main():
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, parallel=False)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repetitions", type=int, default=3)
     args = parser.parse_args()

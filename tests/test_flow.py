@@ -207,7 +207,7 @@ def test_portions_of_one_megabyte_change_nothing_but_the_number_of_messages(expe
     parts = run(message_mb=1)
     assert len(handed) == 2 * 4 * 4
     assert sum(complete for _, complete in handed) == 2 * 4
-    assert sorted(models for models, _ in handed) == [0] * 2 * 4 + [1] * 2 * 4 * 3, "nobody is handed its own"
+    assert {models for models, _ in handed} == {1}
     assert without_times(parts.history) == without_times(whole.history)
     assert parts.global_model == whole.global_model
 
