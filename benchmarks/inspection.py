@@ -157,12 +157,16 @@ def table() -> pd.DataFrame:
 
 
 def figure(summary: pd.DataFrame) -> None:
-    """Time against bare forward passes, and memory, for growing samples with four full nets."""
+    """Time against bare forward passes, with the range of the repetitions, and memory; four full nets."""
     full = summary.xs(64, level="width").droplevel("models").reset_index()
     picture, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axis, value, title in zip(axes, ("ratio", "peak_mb"), ("time / bare forward passes", "MB"), strict=True):
         for way, rows in full.groupby("way", sort=False):
-            axis.plot(rows["samples"], rows[value], marker="o", label=way)
+            [line] = axis.plot(rows["samples"], rows[value], marker="o", label=way)
+            if value == "ratio":
+                axis.fill_between(
+                    rows["samples"], rows["least"], rows["most"], color=line.get_color(), alpha=0.15, lw=0
+                )
         axis.set(title=title, xlabel="samples", yscale="log", xscale="log")
         axis.set_xticks(full["samples"].unique(), labels=full["samples"].unique(), minor=False)
         axis.xaxis.set_minor_locator(NullLocator())
