@@ -4,6 +4,7 @@ import asyncio
 import logging
 import queue
 import socket
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -44,6 +45,7 @@ class Experiment(experiment.Experiment):
     async def start(self, **kwargs):
         ticket = None
         try:
+            forget_last_code()
             plan = self.plan()
             ticket = plan["federated_flow"]["settings"]["ticket"]  # by which the notebook knows its own experiment
             await until_free(plan["network"]["settings"]["agg_port"])
@@ -57,6 +59,12 @@ class Experiment(experiment.Experiment):
     def plan(self) -> dict:
         with zipfile.ZipFile(self.archive_path) as archive:
             return yaml.safe_load(archive.read(str(self.plan_path)))
+
+
+def forget_last_code() -> None:
+    """The package `src` is another one in every experiment, in another folder."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "src"]:
+        del sys.modules[name]
 
 
 class NoAggregator:

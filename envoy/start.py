@@ -65,12 +65,20 @@ def main():
         def get_experiment_data(self, name):
             return list(super().get_experiment_data(name))
 
+    class Participant(Envoy):
+        """Imports every experiment's own `src`: each is in another folder."""
+
+        def _run_collaborator(self):
+            for name in [name for name in sys.modules if name.partition(".")[0] == "src"]:
+                del sys.modules[name]
+            super()._run_collaborator()
+
     envoy.EnvoyDirectorClient = Client
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     os.environ.setdefault("METAFLOW_USER", settings.name)  # metaflow fails without a user name
     written = Path(f"{settings.name}.openfl.yaml").absolute()
     written.write_text(yaml.safe_dump(config))
-    participant = Envoy(
+    participant = Participant(
         envoy_name=settings.name,
         director_host=host,
         director_port=port,

@@ -40,6 +40,7 @@ def archive(folder, name: str, code: str, port: int):
     }
     with zipfile.ZipFile(folder / f"{name}.zip", "w") as file:
         file.writestr("plan/plan.yaml", yaml.safe_dump(plan))
+        file.writestr("src/__init__.py", "")
         file.writestr("src/experiment.py", code)
     return folder / f"{name}.zip"
 
