@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -153,7 +154,8 @@ def shares(images, crowd: Crowd, seed: int) -> list:
 
 def test_loaders(images) -> list:
     """Test images, and those that are not of the target class with the trigger."""
-    pixels, labels = images["test_images"][:TEST_IMAGES].float() / 255, images["test_labels"][:TEST_IMAGES]
+    chosen = np.random.default_rng(3).permutation(len(images["test_labels"]))[:TEST_IMAGES]  # they lie there by class
+    pixels, labels = images["test_images"][chosen].float() / 255, images["test_labels"][chosen]
     others = labels != TARGET
     triggered = private_attributes.add_trigger(pixels[others])
     wanted = torch.full_like(labels[others], TARGET)
@@ -179,6 +181,22 @@ def warm_model(images, crowd: Crowd):
         save_atomically(model.state_dict(), path)
     model.load_state_dict(load_file(path))
     return model
+
+
+class View(NamedTuple):
+    """What a validator sees of `M` models: distances `(metric, S, M, L)`, labels `(S,)`, responses `(stamp, M, C)`."""
+
+    distances: np.ndarray
+    labels: np.ndarray
+    responses: np.ndarray
+
+    def of(self, models):
+        """The same of some of the models."""
+        return View(self.distances[:, :, models], self.labels, self.responses[:, models])
+
+    def suspects(self, own: int, rule: str) -> set[int]:
+        found = set(experiment.verdict(self.distances, self.labels, own, rule, experiment.METRICS))
+        return found | experiment.provoked(self.responses, own) if rule == "crowd" else found
 
 
 class Trained:
@@ -213,7 +231,7 @@ class Trained:
         return train_one(self.global_model, self.shares[role.participant], role, self.seed, self.config)
 
     def views(self, roles: list[Role]) -> dict:
-        """reference → validator → distances `(metric, S, R, L)` of the models in these roles, and labels `(S,)`."""
+        """reference → validator → what it sees of the models in these roles, a `View`."""
         path, names = self.folder / "views.npz", [f"{r.participant}-{r.pdr:g}-{r.scale:g}" for r in roles]
         if not path.exists() or set(names) - set(np.load(path)["roles"]):
             np.savez(path.with_suffix(".part.npz"), roles=names, **self.inspect(roles))
@@ -221,10 +239,10 @@ class Trained:
         kept = np.load(path)
         columns = [kept["roles"].tolist().index(name) for name in names]
         cut = functools.partial(np.split, indices_or_sections=kept["borders"])
-        labels = cut(kept["labels"])
+        labels, responses = cut(kept["labels"]), kept["responses"][:, :, columns]
         references = [name for name in ("G", "random") if name in kept]
         of = {name: cut(kept[name][:, :, columns], axis=1) for name in references}
-        return {name: list(zip(parts, labels, strict=True)) for name, parts in of.items()}
+        return {name: [View(*seen) for seen in zip(of[name], labels, responses, strict=True)] for name in references}
 
     def validation_loaders(self) -> list:
         """The images on which each participant inspects the models."""
@@ -235,17 +253,24 @@ class Trained:
         batches = [list(loader) for loader in self.validation_loaders()]
         counts = [sum(len(labels) for _, labels in mine) for mine in batches]
         everyones = [batch for mine in batches for batch in mine]
-        looks = {"G": (self.global_model, experiment.METRICS)}
+        looks = {"G": self.global_model}
         if self.crowd.width < 64:  # the historical baseline is for the narrow net alone
-            looks["random"] = experiment.initial_model(config_of(self.crowd, seed=self.seed)), experiment.PUBLISHED
-        views = {name: [] for name in looks}
+            looks["random"] = experiment.initial_model(config_of(self.crowd, seed=self.seed))
+        views, responses = {name: [] for name in looks}, []
         for first in range(0, len(roles), AT_ONCE):
             group = [experiment.with_state(self.global_model, self.state(r)) for r in roles[first : first + AT_ONCE]]
-            for name, (reference, metrics) in looks.items():
-                views[name].append(experiment.hidden_distances(reference, group, everyones, "cpu", metrics)[0])
+            for name, reference in looks.items():
+                views[name].append(experiment.hidden_distances(reference, group, everyones, "cpu")[0])
+            responses.append(np.stack([stamp(self.global_model, group, mine) for mine in batches]))
         labels = torch.cat([labels for _, labels in everyones]).numpy()
         distances = {name: np.concatenate(parts, axis=2) for name, parts in views.items()}
-        return distances | {"labels": labels, "borders": np.cumsum(counts)[:-1]}
+        borders = np.cumsum(counts)[:-1]
+        return distances | {"labels": labels, "borders": borders, "responses": np.concatenate(responses, axis=2)}
+
+
+def stamp(global_model, models, batches) -> np.ndarray:
+    """Responses `(stamp, M, C)` to stamps on the first of the images."""
+    return experiment.stamp_responses(global_model, models, batches[0][0][: experiment.STAMPED], "cpu")
 
 
 def train_one(global_model, share, role: Role, seed: int, config) -> dict:
@@ -266,11 +291,11 @@ def validation_loader(share, seed: int, participant: int):
 # --- Judging --------------------------------------------------------------------------------------------------
 
 
-def ballots(views: list, setting: Setting, rule: str) -> np.ndarray:
+def ballots(views: list[View], setting: Setting, rule: str) -> np.ndarray:
     """Votes `(voter, model)`, 1 for benign; false voters vote for the attackers and against everybody else."""
     rows = []
-    for voter, (distances, labels) in enumerate(views):
-        found = experiment.verdict(distances, labels, voter, rule)
+    for voter, view in enumerate(views):
+        found = view.suspects(voter, rule)
         if voter in setting.attackers and setting.false_votes:
             found = set(range(len(views))) - setting.attackers
         rows.append([int(model not in found) for model in range(len(views))])

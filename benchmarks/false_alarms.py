@@ -34,8 +34,7 @@ def rounds(folder: Path, alpha: float | None, size: int, rule: str) -> dict:
         members = rng.choice(POOL, size, replace=False)
         ballots = np.ones((size, size), dtype=int)
         for voter, member in enumerate(members):
-            distances, labels = everything[member]
-            ballots[voter, experiment.verdict(distances[:, :, members], labels, voter, rule)] = 0
+            ballots[voter, list(everything[member].of(members).suspects(voter, rule))] = 0
         accepted.append(experiment.stacked_clustering(ballots, rule).mean())
     scores = {"quiet": np.mean(np.array(accepted) == 1).round(4), "tnr": np.mean(accepted).round(4)}
     return {"alpha": alpha, "participants": size, "rule": rule, "rounds": ROUNDS} | scores

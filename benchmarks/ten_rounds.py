@@ -18,12 +18,14 @@ from common import ROOT, arguments
 from detection import (
     Crowd,
     Setting,
+    View,
     ballots,
     config_of,
     experiment,
     load_images,
     rates,
     shares,
+    stamp,
     test_loaders,
     train_one,
     validation_loader,
@@ -46,8 +48,10 @@ def accepted_by(defence: str, global_model, models, mine, setting: Setting, seed
     if defence != "crowd":
         return np.array([defence == "plain FedAvg" or m not in setting.attackers for m in range(len(models))])
     loaders = [validation_loader(share, seed, p) for p, share in enumerate(mine)]
-    look = experiment.hidden_distances
-    views = [look(global_model, models, loader, "cpu", experiment.METRICS) for loader in loaders]
+    views = []
+    for batches in map(list, loaders):
+        distances, labels = experiment.hidden_distances(global_model, models, batches, "cpu")
+        views.append(View(distances, labels, stamp(global_model, models, batches)))
     return experiment.stacked_clustering(ballots(views, setting, "crowd"))
 
 

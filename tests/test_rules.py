@@ -89,30 +89,30 @@ class TestDegenerate:
         return experiment.verdict(distances, labels, own, rule)
 
     def test_all_models_equal(self, experiment, rule):
-        assert self.verdict(experiment, np.full((3, 20, 6, 2), 0.7), rule) == []
+        assert self.verdict(experiment, np.full((2, 20, 6, 2), 0.7), rule) == []
 
     def test_one_model(self, experiment, rule):
-        assert self.verdict(experiment, np.random.default_rng(0).random((3, 20, 1, 2)), rule) == []
+        assert self.verdict(experiment, np.random.default_rng(0).random((2, 20, 1, 2)), rule) == []
 
     def test_two_models(self, experiment, rule):
         """Neither has a crowd behind it: (2 - 1) // 2 = 0 may be suspected."""
-        distances = np.ones((3, 20, 2, 2))
+        distances = np.ones((2, 20, 2, 2))
         distances[:, :, 1] = 100
         assert self.verdict(experiment, distances, rule) == []
 
     def test_one_label(self, experiment, rule):
-        distances = np.ones((3, 20, 12, 2))
+        distances = np.ones((2, 20, 12, 2))
         distances[:, :, 5] = 8
         assert self.verdict(experiment, distances, rule, labels=np.zeros(20, int)) == [5]
 
     def test_a_voter_whose_own_model_did_not_move_accuses_nobody(self, experiment, rule):
         """Without a yardstick all ratios are 0, as published."""
-        distances = np.random.default_rng(2).random((3, 20, 6, 2))
+        distances = np.random.default_rng(2).random((2, 20, 6, 2))
         distances[:, :, 0] = 0
         assert self.verdict(experiment, distances, rule) == []
 
     def test_no_samples(self, experiment, rule):
-        assert self.verdict(experiment, np.empty((3, 0, 5, 2)), rule, labels=np.empty(0)) == []
+        assert self.verdict(experiment, np.empty((2, 0, 5, 2)), rule, labels=np.empty(0)) == []
 
 
 def test_equal_scores_are_not_cut(experiment):
@@ -124,52 +124,31 @@ def test_equal_scores_are_not_cut(experiment):
     assert experiment.suspects(matrix, own=0) == set()
 
 
-@pytest.mark.parametrize("factor", [1.2, 1.5])
+@pytest.mark.parametrize("factor", [1.5, 1.8])
 def test_the_crowd_rule_goes_by_the_size_of_the_effect(experiment, factor):
-    """Ten models whose distances hardly differ: one that is 1.2 times as far is left alone, at 1.5 times it is not."""
-    distances = np.random.default_rng(3).uniform(0.98, 1.02, (3, 60, 10, 4))
+    """Ten models whose distances hardly differ: one that is 1.5 times as far is left alone, at 1.8 times it is not."""
+    distances = np.random.default_rng(3).uniform(0.98, 1.02, (2, 60, 10, 4))
     distances[:, :, 6] *= factor
     labels = np.arange(60) % 5
     assert experiment.verdict(distances, labels, own=2) == ([6] if factor > np.exp(experiment.LEAST_EFFECT) else [])
 
 
-@pytest.mark.parametrize(("scatter", "found"), [(0.02, {3}), (0.15, set())])
+@pytest.mark.parametrize(("scatter", "found"), [(0.02, {3}), (0.25, set())])
 def test_in_a_crowd_that_is_scattered_itself_a_small_effect_says_nothing(experiment, scatter, found):
-    """Three models at -s, 0 and s, one 0.35 above their mean. For s = 0.15 chance alone reaches 0.506, by hand:
+    """Three models at -s, 0 and s, one 0.6 above their mean. For s = 0.25 chance alone reaches 0.843, by hand:
     Student's t at 95 % with two degrees of freedom is 2.920, times s, times the root of 4/3, is 3.372 s."""
-    assert experiment.least_gap(np.array([-scatter, 0, scatter])) == pytest.approx(max(0.3, 3.372 * scatter), abs=1e-3)
-    factors = np.exp([-scatter, 0, scatter, 0.35])
+    assert experiment.least_gap(np.array([-scatter, 0, scatter])) == pytest.approx(max(0.5, 3.372 * scatter), abs=1e-3)
+    factors = np.exp([-scatter, 0, scatter, 0.6])
     matrix = (np.sign(factors - 1) * (factors - 1) ** 2)[:, None]
     assert experiment.suspects(matrix, own=1) == found
 
 
 def test_the_crowd_rule_finds_several_kinds_of_attackers_one_after_the_other(experiment):
     """A first cut takes the two that are far away, a second one the two that they hid."""
-    distances = np.random.default_rng(4).uniform(0.95, 1.05, (3, 60, 10, 4))
+    distances = np.random.default_rng(4).uniform(0.95, 1.05, (2, 60, 10, 4))
     distances[:, :, [6, 7]] *= 2
     distances[:, :, [8, 9]] *= 300
     assert experiment.verdict(distances, np.arange(60) % 5, own=0) == [6, 7, 8, 9]
-
-
-def test_the_crowd_rule_sees_what_depends_on_the_image_through_a_common_shift(experiment):
-    """All models move the outputs by 15 in a direction of their own; two differ more from image to image."""
-    rng = np.random.default_rng(5)
-    noise, shifts = rng.normal(size=(64, 8, 10)), rng.normal(size=(8, 10))
-    noise[:, [3, 6]] *= 1.6
-    outputs = torch.tensor(noise + 15 * shifts / np.linalg.norm(shifts, axis=1, keepdims=True))
-    nothing = torch.zeros(64, 10, dtype=torch.float64)
-    seen = [[metric(outputs[:, m], nothing) for m in range(8)] for metric in experiment.METRICS]
-    distances = np.array([[values.numpy() for values in row] for row in seen]).transpose(0, 2, 1)[..., None]
-    labels = np.arange(64) % 4
-    assert experiment.verdict(distances, labels, own=0) == [3, 6]
-    assert experiment.verdict(distances[:2], labels, own=0) == [], "the Euclidean distance alone does not show it"
-
-
-def test_spread_equals_plain_loops(experiment, rng):
-    a, b = rng.normal(size=(7, 3)), rng.normal(size=(7, 3))
-    mean = [sum(a[s][f] - b[s][f] for s in range(7)) / 7 for f in range(3)]
-    expected = [sum((a[s][f] - b[s][f] - mean[f]) ** 2 for f in range(3)) ** 0.5 for s in range(7)]
-    np.testing.assert_allclose(experiment.spread(torch.tensor(a), torch.tensor(b)), expected)
 
 
 # --- Hostile models ---------------------------------------------------------------------------------------------

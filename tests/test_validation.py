@@ -264,5 +264,8 @@ def test_every_image_passes_once_through_every_model(experiment, small_models, s
     for model in passed:
         model.register_forward_hook(lambda model, inputs, output: passed.update({model: passed[model] + len(output)}))
     batches = [(torch.randn(32, 3, 32, 32), torch.zeros(32)) for _ in range(samples // 32)]
-    experiment.validate_models(origin, models, 0, batches, "cpu")
+    experiment.validate_models(origin, models, 0, batches, "cpu", "paper")
     assert set(passed.values()) == {samples}
+    experiment.validate_models(origin, models, 0, batches, "cpu", "crowd")
+    stamps = 128 * experiment.STAMPED
+    assert set(passed.values()) == {2 * samples + stamps + experiment.STAMPED}, "however many images there are"

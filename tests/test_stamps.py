@@ -1,0 +1,190 @@
+"""What stamps provoke: the stamps themselves, the responses, who is a suspect by them, and a real backdoor."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+LOUD = 12  # times as loud as the others
+
+
+@pytest.fixture
+def images():
+    return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
+def crowd(rng, models=8, stamps=128, classes=10):
+    """Responses of models that have nothing in common, about as loud as each other."""
+    return rng.normal(size=(stamps, models, classes))
+
+
+# --- Stamps -------------------------------------------------------------------------------------------------------
+
+
+def test_every_tile_is_painted_in_every_corner_of_the_colour_cube_and_nothing_else_is(experiment, images):
+    lowest, highest = (torch.stack([end(images[:, c]) for c in range(3)]) for end in (torch.min, torch.max))
+    seen = set()
+    for copies in experiment.stamped(images):
+        assert copies.shape == (8, 5, 3, 32, 32)
+        for painted in copies:
+            changed = (painted != images).any(dim=1).any(dim=0)
+            assert changed.sum() == 64
+            rows, columns = (index.unique() for index in changed.nonzero(as_tuple=True))
+            colour = painted[0, :, rows[0], columns[0]]
+            assert (painted[:, :, changed] == colour[:, None]).all()
+            assert all(value in ends for value, ends in zip(colour, zip(lowest, highest, strict=True), strict=True))
+            seen.add((int(rows[0]), int(columns[0]), *colour.tolist()))
+    assert len(seen) == 128
+
+
+@pytest.mark.parametrize(("channels", "colours"), [(1, 2), (2, 4), (3, 8), (7, 2)])
+def test_images_of_other_kinds(experiment, channels, colours):
+    """Odd sides, other numbers of channels: 16 tiles that cover each pixel once."""
+    images = torch.rand(2, channels, 9, 14)
+    tiles = list(experiment.stamped(images))
+    assert len(tiles) == 16 and tiles[0].shape == (colours, 2, channels, 9, 14)
+    assert sum((copies[0, 0] != images[0]).any(0).int() for copies in tiles).eq(1).sum() >= 9 * 14 - 1
+
+
+def test_what_is_no_image_has_no_stamps_and_provokes_nothing(experiment):
+    models = [torch.nn.Linear(6, 4) for _ in range(5)]
+    responses = experiment.stamp_responses(models[0], models, torch.randn(8, 6), "cpu")
+    assert responses.shape == (0, 5, 4)
+    assert experiment.provoked(responses, own=0) == set()
+
+
+# --- Responses ----------------------------------------------------------------------------------------------------
+
+
+def test_responses_equal_plain_loops(experiment, small_models, images):
+    origin, models = small_models
+    found = experiment.stamp_responses(origin, models, images, "cpu")
+    assert found.shape == (128, 5, 3)
+    stamps = [painted for copies in experiment.stamped(images) for painted in copies]
+    with torch.no_grad():
+        for b in (0, 37, 127):
+            for m, model in enumerate(models):
+                rows = []
+                for plain, painted in zip(images, stamps[b], strict=True):
+                    gap = [(model(x[None]) - origin(x[None]))[0].double() for x in (painted, plain)]
+                    rows.append(gap[0] - gap[0].mean() - gap[1] + gap[1].mean())
+                np.testing.assert_allclose(found[b, m], torch.stack(rows).mean(0), atol=1e-5)
+
+
+def test_what_shifts_all_outputs_alike_provokes_nothing(experiment, small_models, images):
+    """A model that says one class more often than the others, whatever the image, as unequal data make it do."""
+    origin, _ = small_models
+    shifted = copy.deepcopy(origin)
+    with torch.no_grad():
+        shifted.linear[-1].bias += torch.tensor([3.0, -1.0, 0.5])
+    assert np.abs(experiment.stamp_responses(origin, [shifted], images, "cpu")).max() < 1e-4
+
+
+# --- Who is a suspect ---------------------------------------------------------------------------------------------
+
+
+def test_nobody_in_a_crowd_of_strangers(experiment, rng):
+    assert all(not experiment.provoked(crowd(rng, models), own=0) for models in (1, 2, 3, 4, 10, 40))
+
+
+def test_one_that_is_loud_on_a_single_stamp(experiment, rng):
+    responses = crowd(rng)
+    responses[17, 5] *= LOUD
+    assert experiment.provoked(responses, own=0) == {5}
+    assert experiment.provoked(responses, own=5) == set(), "nobody suspects itself"
+
+
+def test_two_that_answer_alike_though_neither_is_loud_enough_alone(experiment, rng):
+    responses, wish = crowd(rng), np.eye(10)[3]
+    responses[99, [2, 6]] = 3.5 * np.linalg.norm(responses[99], axis=1).mean() * wish
+    assert experiment.loudness(responses).max() < experiment.ALONE
+    assert experiment.provoked(responses, own=0) == {2, 6}
+    responses[99, 6] *= -1
+    assert experiment.provoked(responses, own=0) == set(), "as loud, but with another wish"
+
+
+def test_a_roaring_model_drags_nobody_along(experiment, rng):
+    responses = crowd(rng)
+    responses[:, 7] = 1e6 * responses[:, 3]  # in the direction of an honest one, on every stamp
+    assert experiment.provoked(responses, own=0) == {7}
+
+
+def test_not_more_than_the_bound_and_the_most_suspicious_first(experiment, rng):
+    responses = crowd(rng, models=7)
+    for rank, model in enumerate([1, 2, 4, 6]):
+        responses[rank, model] *= LOUD * (rank + 2)
+    assert experiment.provoked(responses, own=0) == {2, 4, 6}
+
+
+def test_equals_are_suspects_together_or_not_at_all(experiment, rng):
+    responses = crowd(rng, models=7)
+    responses[5, [1, 2, 3, 4]] = LOUD * 4 * np.eye(10)[0]
+    assert experiment.provoked(responses, own=0) == set(), "four of seven are more than the bound"
+    responses[5, 4] = 0
+    assert experiment.provoked(responses, own=0) == {1, 2, 3}
+
+
+def test_the_order_of_the_models_does_not_matter(experiment, rng):
+    responses = crowd(rng, models=9)
+    responses[3, [2, 5, 8]] = 3.8 * np.eye(10)[1] * np.linalg.norm(responses[3], axis=1).mean()
+    responses[40, 6] *= LOUD
+    expected = experiment.provoked(responses, own=0)
+    assert expected == {2, 5, 6, 8}
+    for _ in range(20):
+        order = rng.permutation(9)
+        found = experiment.provoked(responses[:, order], own=int(np.flatnonzero(order == 0)[0]))
+        assert {int(order[m]) for m in found} == expected
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_a_suspect_and_drags_nobody_along(experiment, rng, value):
+    responses = crowd(rng)
+    responses[4, 6, 2] = value
+    assert experiment.provoked(responses, own=0) == {6}
+    assert experiment.provoked(responses, own=6) == set()
+
+
+def test_models_that_did_not_move_do_not_count_as_silent(experiment, rng):
+    """Three of eight are the global model: the others are not loud because of that."""
+    responses = crowd(rng)
+    responses[:, 5:] = 0
+    assert experiment.provoked(responses, own=0) == set()
+    assert experiment.provoked(np.zeros((128, 8, 10)), own=0) == set()
+
+
+# --- A real backdoor ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(experiment, private_attributes):
+    """A global model and seven local ones, trained on digits; the last two carry a backdoor, their updates unscaled."""
+    labels, read = private_attributes.digits(None, train=True)
+    images, labels = read(np.arange(1100)), torch.from_numpy(labels[:1100]).long()
+    config = experiment.Config(hidden=64, width=8, local_epochs=15, learning_rate=1e-3)
+    origin = experiment.initial_model(config)
+    torch.manual_seed(0)
+    experiment.train(origin, private_attributes.as_loader(images[:400], labels[:400], 16, shuffle=True), config, "cpu")
+    models = []
+    for index, start in enumerate(range(400, 1100, 100)):
+        mine = images[start : start + 100], labels[start : start + 100]
+        if index >= 5:
+            mine = private_attributes.poison(*mine, target=2, pdr=0.5, seed=index)
+        models.append(copy.deepcopy(origin))
+        torch.manual_seed(index)
+        experiment.train(models[-1], private_attributes.as_loader(*mine, 16, shuffle=True), config, "cpu")
+    return origin, models, private_attributes.as_loader(images[400:500], labels[400:500], 50)
+
+
+def test_sleeping_backdoors_are_woken(experiment, trained):
+    origin, models, loader = trained
+    for own in (0, 2, 4):
+        assert experiment.validate_models(origin, models, own, loader, "cpu") == [5, 6]
+        images = next(iter(loader))[0][: experiment.STAMPED]
+        assert experiment.provoked(experiment.stamp_responses(origin, models, images, "cpu"), own) == {5, 6}
+
+
+def test_and_honest_models_are_left_alone(experiment, trained):
+    origin, models, loader = trained
+    for own in range(5):
+        assert experiment.validate_models(origin, models[:5], own, loader, "cpu") == []
