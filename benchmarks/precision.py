@@ -3,56 +3,52 @@ and float32.
 
     python benchmarks/precision.py ~/cifar10
 
-One line a setting, seed, type and participant goes to `benchmarks/precision.csv`: its vote, and whether it is that on
-float32 updates.
+One line a setting, seed, type and participant goes to `benchmarks/precision.csv`: whether its vote is that on float32
+updates.
 """
 
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 from common import ROOT, arguments
-from detection import Crowd, Trained, experiment, flat, load_images, settings
+from detection import Crowd, Setting, Trained, flat, load_images, settings
 from tqdm import tqdm
 
 RESULTS = ROOT / "benchmarks" / "precision.csv"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class TrainedOnce(Trained):
-    """Keeps what was trained, so that it can be sent in several types; nothing of it is cached on disk."""
+class SentAs(Trained):
+    """A crowd whose updates travel in another type; a cache of its own."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.kept = {}
-
-    def sent(self, role, dtype: str):
-        """The model that arrives."""
-        if role not in self.kept:
-            exact = self.train(role)
-            self.kept[role] = {n: self.reference[n] + role.scale * (v - self.reference[n]) for n, v in exact.items()}
-        packed = experiment.pack_update(self.kept[role], self.reference, dtype)
-        return experiment.with_state(self.global_model, experiment.unpack_update(packed, self.reference))
+    def __init__(self, images, crowd: Crowd, seed: int, dtype: str):
+        super().__init__(images, crowd, seed)
+        if dtype != self.config.update_dtype:
+            self.config, self.folder = replace(self.config, update_dtype=dtype), self.folder / dtype
+            self.folder.mkdir(exist_ok=True)
 
 
 def rows_of(folder: Path, crowd: Crowd, seed: int) -> list[dict]:
     torch.set_num_threads(1)
-    trained, rows = TrainedOnce(load_images(folder), crowd, seed), []
-    for setting in (setting for setting in settings() if setting.crowd == crowd):
-        found = {dtype: votes(trained, setting, dtype) for dtype in DTYPES}
-        for dtype, by_voter in found.items():
+    images, points = load_images(folder), [setting for setting in settings() if setting.crowd == crowd]
+    votes = {dtype: votes_of(SentAs(images, crowd, seed, dtype), points) for dtype in DTYPES}
+    rows = []
+    for dtype, by_setting in votes.items():
+        for setting, by_voter in by_setting.items():
             for voter, suspects in enumerate(by_voter):
-                same = suspects == found["float32"][voter]
+                same = suspects == votes["float32"][setting][voter]
                 rows.append(flat(setting) | {"seed": seed, "dtype": dtype, "voter": voter, "same": same})
     return rows
 
 
-def votes(trained: Trained, setting, dtype: str) -> list[list[int]]:
-    """Everybody's suspects, on the images of `detection.py`."""
-    models = [trained.sent(role, dtype) for role in setting.roles]
-    everyone = enumerate(trained.validation_loaders())
-    return [experiment.validate_models(trained.global_model, models, voter, mine, "cpu") for voter, mine in everyone]
+def votes_of(trained: Trained, points: list[Setting]) -> dict:
+    """setting → everybody's suspects, on the images of `detection.py`."""
+    trained.views(list(dict.fromkeys(role for setting in points for role in setting.roles)))  # all at once
+    views = {setting: trained.views(setting.roles)["G"] for setting in points}
+    return {setting: [view.suspects(voter, "crowd") for voter, view in enumerate(v)] for setting, v in views.items()}
 
 
 def main():

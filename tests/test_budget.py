@@ -98,3 +98,11 @@ def test_a_vote_on_the_edge_is_not_settled(experiment):
     assert not experiment.is_settled(distances, labels, 0, "crowd", rng)
     distances[:, :, 4] *= 10
     assert experiment.is_settled(distances, labels, 0, "crowd", rng)
+
+
+@pytest.mark.parametrize(("rule", "stamped"), [("crowd", 0), ("paper", 8)])
+def test_without_stamps_no_image_is_looked_at_for_them(experiment, small_models, rule, stamped):
+    origin, models = small_models
+    inspection = experiment.Inspection(Seen(200), 200, rule, stamped)
+    assert inspection.decide(origin, named(models), "model 0", "cpu") == {"model 4"}
+    assert sorted(inspection.dataset.asked) == sorted([*range(200)] * 2), "for the labels and for the distances"

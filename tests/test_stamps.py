@@ -98,10 +98,21 @@ def test_one_that_is_loud_on_a_single_stamp(experiment, rng):
 def test_two_that_answer_alike_though_neither_is_loud_enough_alone(experiment, rng):
     responses, wish = crowd(rng), np.eye(10)[3]
     responses[99, [2, 6]] = 3.5 * np.linalg.norm(responses[99], axis=1).mean() * wish
-    assert experiment.loudness(responses).max() < experiment.ALONE
+    assert experiment.loudness(responses, range(8)).max() < experiment.ALONE
     assert experiment.provoked(responses, own=0) == {2, 6}
     responses[99, 6] *= -1
     assert experiment.provoked(responses, own=0) == set(), "as loud, but with another wish"
+
+
+def test_an_accomplice_answers_alike_where_a_suspect_is_loudest(experiment, rng):
+    responses, unit = crowd(rng), 1.3 * 3.1  # by which loudness is measured: the usual length, and 0.3 of it
+    wish = np.eye(10)[7] * unit
+    responses[60, 4], responses[60, 6] = 5 * wish, 2.1 * wish
+    assert experiment.provoked(responses, own=0) == {4, 6}
+    responses[61, 4] = 12 * wish
+    assert experiment.provoked(responses, own=0) == {4}, "it is loudest elsewhere"
+    responses[60, 4] = responses[61, 4] = responses[62, 4]
+    assert experiment.provoked(responses, own=0) == set(), "without a suspect there is no accomplice"
 
 
 def test_a_roaring_model_drags_nobody_along(experiment, rng):
