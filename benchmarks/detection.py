@@ -196,7 +196,7 @@ class View(NamedTuple):
 
     def suspects(self, own: int, rule: str) -> set[int]:
         found = set(experiment.verdict(self.distances, self.labels, own, rule, experiment.METRICS))
-        return found | experiment.provoked(self.responses, own) if rule == "crowd" else found
+        return experiment.provoked(self.responses, own, found) if rule == "crowd" else found
 
 
 class Trained:

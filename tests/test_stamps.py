@@ -128,12 +128,39 @@ def test_not_more_than_the_bound_and_the_most_suspicious_first(experiment, rng):
     assert experiment.provoked(responses, own=0) == {2, 4, 6}
 
 
-def test_equals_are_suspects_together_or_not_at_all(experiment, rng):
-    responses = crowd(rng, models=7)
-    responses[5, [1, 2, 3, 4]] = LOUD * 4 * np.eye(10)[0]
-    assert experiment.provoked(responses, own=0) == set(), "four of seven are more than the bound"
-    responses[5, 4] = 0
+def test_equals_are_suspects_together_or_not_at_all(experiment):
+    """Four of seven, each loud on a stamp of its own, are more than the bound."""
+    responses = np.tile(np.eye(10)[:7], (8, 1, 1))
+    for stamp, model in enumerate((1, 2, 3, 4)):
+        responses[stamp, model] *= LOUD
+    assert experiment.provoked(responses, own=0) == set()
+    responses[3, 4] /= LOUD
     assert experiment.provoked(responses, own=0) == {1, 2, 3}
+
+
+def test_the_yardstick_is_what_is_left(experiment):
+    """Beside three that roar a fourth seems quiet; among the rest it is the loudest."""
+    responses = np.tile(np.eye(10)[:9], (8, 1, 1))
+    responses[:, [6, 7, 8]] *= 1000
+    responses[:, 5] *= 1 + 9 * np.eye(8)[:, :1] * (np.arange(10) == 5)
+    responses[:, [3, 4]] *= 2.5
+    assert experiment.provoked(responses, own=0) == {5, 6, 7, 8}
+
+
+def test_colluders_who_keep_quiet_do_not_make_honest_models_loud(experiment, rng):
+    """Four of ten send next to nothing, or half of an update."""
+    for part in (1e-4, 0.5):
+        responses = crowd(rng, models=10) * rng.uniform(0.3, 1.7, (128, 10, 1))
+        responses[:, 6:] *= part
+        assert all(experiment.provoked(responses, own) == set() for own in range(6))
+
+
+def test_suspects_by_distance_count_and_have_accomplices(experiment, rng):
+    responses, wish = crowd(rng, models=7), np.eye(10)[3] * 1.3 * 3.1
+    responses[30, 2], responses[30, 5] = 3.3 * wish, 2.2 * wish
+    assert experiment.provoked(responses, own=0) == set()
+    assert experiment.provoked(responses, own=0, found={2}) == {2, 5}
+    assert experiment.provoked(responses, own=0, found={1, 2, 3}) == {1, 2, 3}, "no room for a fourth"
 
 
 def test_the_order_of_the_models_does_not_matter(experiment, rng):
@@ -157,11 +184,30 @@ def test_what_is_not_finite_is_a_suspect_and_drags_nobody_along(experiment, rng,
 
 
 def test_models_that_did_not_move_do_not_count_as_silent(experiment, rng):
-    """Three of eight are the global model: the others are not loud because of that."""
-    responses = crowd(rng)
+    """Four of nine are the global model: that makes nobody else loud, nor the bound larger."""
+    responses = rng.normal(size=(128, 9, 10))
     responses[:, 5:] = 0
-    assert experiment.provoked(responses, own=0) == set()
+    responses[[3, 4, 5], [1, 2, 3]] *= LOUD
+    assert len(experiment.provoked(responses, own=0)) == 2, "of three, where five are compared"
+    responses[5, 3] /= LOUD
+    assert experiment.provoked(responses, own=0) == {1, 2}
     assert experiment.provoked(np.zeros((128, 8, 10)), own=0) == set()
+
+
+def test_what_is_lost_in_rounding_is_no_response(experiment, small_models, images):
+    """Models that differ in the last bias alone."""
+    origin, _ = small_models
+    models = [copy.deepcopy(origin) for _ in range(6)]
+    with torch.no_grad():
+        for model in models:
+            model.linear[-1].bias += torch.randn(3)
+    assert not experiment.stamp_responses(origin, models, images, "cpu").any()
+
+
+def test_few_classes_are_too_few(experiment, rng):
+    responses = crowd(rng, models=8, classes=2)
+    responses[3, 4] = 1000
+    assert experiment.provoked(responses, own=0) == set()
 
 
 # --- A real backdoor ----------------------------------------------------------------------------------------------
@@ -190,6 +236,8 @@ def trained(experiment, private_attributes):
 def test_sleeping_backdoors_are_woken(experiment, trained):
     origin, models, loader = trained
     for own in (0, 2, 4):
+        asleep = experiment.hidden_distances(origin, models, loader, "cpu", experiment.LOOKS_AT["crowd"])
+        assert experiment.verdict(*asleep, own, "crowd", experiment.LOOKS_AT["crowd"]) == []
         assert experiment.validate_models(origin, models, own, loader, "cpu") == [5, 6]
         images = next(iter(loader))[0][: experiment.STAMPED]
         assert experiment.provoked(experiment.stamp_responses(origin, models, images, "cpu"), own) == {5, 6}
@@ -199,3 +247,15 @@ def test_and_honest_models_are_left_alone(experiment, trained):
     origin, models, loader = trained
     for own in range(5):
         assert experiment.validate_models(origin, models[:5], own, loader, "cpu") == []
+
+
+def test_an_inspection_in_portions_asks_the_same_stamps(experiment, trained):
+    """Names whose order is not that of arrival, and accomplices in different portions."""
+    origin, models, loader = trained
+    named = dict(zip(["g", "a", "f", "b", "e", "d", "c"], models, strict=True))
+    inspection = experiment.Inspection(loader.dataset)
+    for portion, complete in ((["g", "d"], False), (["a", "f", "c"], False), (["b", "e"], True)):
+        found = inspection.decide(origin, {name: named[name] for name in portion}, "g", "cpu", complete)
+    assert found == {"d", "c"}
+    without = experiment.Inspection(loader.dataset, stamped=0)
+    assert without.decide(origin, named, "g", "cpu") == set()
