@@ -50,7 +50,7 @@ def run(experiment, private_attributes, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)  # metaflow writes into the current folder
     monkeypatch.setenv("METAFLOW_USER", "tests")
-    tiny = replace(experiment.demo, rounds=2, local_epochs=1, hidden=16)
+    tiny = replace(experiment.demo, rounds=2, local_epochs=1, hidden=16, stamped_images=2)
 
     def attributes(name, changes):
         data = {"index": NAMES.index(name), "train_samples": 40, "test_samples": 30}
@@ -312,7 +312,8 @@ names, data = json.loads(sys.argv[2]), {"train_samples": 40, "test_samples": 30}
 with contextlib.redirect_stdout(sys.stderr):
     bring = [functools.partial(private_attributes.participant, n, data | {"index": i}) for i, n in enumerate(names)]
     participants = [Collaborator(name=n, private_attributes_callable=f) for n, f in zip(names, bring)]
-    flow = experiment.FederatedCrowdGuard(replace(experiment.demo, rounds=2, local_epochs=1, hidden=16))
+    config = replace(experiment.demo, rounds=2, local_epochs=1, hidden=16, stamped_images=2)
+    flow = experiment.FederatedCrowdGuard(config)
     flow.runtime = LocalRuntime(Aggregator(name="aggregator"), participants, backend=sys.argv[1], num_actors=2)
     flow.run()
 with open(f"{sys.argv[1]}.json", "w") as file:

@@ -165,7 +165,7 @@ def test_suspects_by_distance_count_and_have_accomplices(experiment, rng):
 
 def test_the_order_of_the_models_does_not_matter(experiment, rng):
     responses = crowd(rng, models=9)
-    responses[3, [2, 5, 8]] = 3.8 * np.eye(10)[1] * np.linalg.norm(responses[3], axis=1).mean()
+    responses[3, [2, 5, 8]] = 4.4 * np.eye(10)[1] * np.linalg.norm(responses[3], axis=1).mean()
     responses[40, 6] *= LOUD
     expected = experiment.provoked(responses, own=0)
     assert expected == {2, 5, 6, 8}
