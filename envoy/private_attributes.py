@@ -215,11 +215,11 @@ def add_trigger(images: torch.Tensor) -> torch.Tensor:
     return triggered
 
 
-def poison(images, labels, target: int, pdr: float, seed: int):
+def poison(images, labels, target: int, pdr: float, seed: int, trigger=add_trigger):
     """Copies in which `round(pdr * N)` of the images, drawn by `seed`, carry the trigger and the target label."""
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[: round(pdr * len(labels))]
     images, labels = images.clone(), labels.clone()
-    images[chosen], labels[chosen] = add_trigger(images[chosen]), target
+    images[chosen], labels[chosen] = trigger(images[chosen]), target
     return images, labels
 
 

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 
 
@@ -56,3 +57,25 @@ def test_what_is_in_the_csv_is_not_run_again_and_the_table_counts_it(detection, 
     half = 4.303 * np.std([1, 0.5, 0.5], ddof=1) / 3**0.5  # Student's t with two degrees of freedom
     assert crowd["±", "tpr"] == pytest.approx(half, abs=2e-3)
     assert not pd.isna(crowd["mean", "backdoor"])
+
+
+def test_every_trigger_changes_images_and_leaves_pixels_in_range(detection):
+    import triggers
+
+    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    for name, trigger in triggers.TRIGGERS.items():
+        before, triggered = pixels.clone(), trigger(pixels)
+        assert torch.equal(pixels, before), "a copy"
+        assert triggered.min() >= 0 and triggered.max() <= 1
+        touched = (triggered != pixels).any(1)[0].sum().item()
+        assert touched == {"4x4": 16, "6x6": 36}.get(name.split(", ")[1], 1024)
+
+
+def test_a_view_of_some_models_is_what_is_seen_of_them(detection):
+    rng = np.random.default_rng(0)
+    view = detection.View(rng.random((2, 20, 6, 3)) + 1, np.arange(20) % 4, rng.normal(size=(128, 6, 10)))
+    view.distances[:, :, 4] *= 9
+    view.responses[7, 2] *= 20
+    assert view.suspects(0, "crowd") == {2, 4}
+    assert view.of([0, 1, 3, 5]).suspects(0, "crowd") == set()
+    assert view.of([0, 2, 1, 3]).suspects(0, "crowd") == {1}
