@@ -100,9 +100,10 @@ def test_a_vote_on_the_edge_is_not_settled(experiment):
     assert experiment.is_settled(distances, labels, 0, "crowd", rng)
 
 
-@pytest.mark.parametrize(("rule", "stamped"), [("crowd", 0), ("paper", 8)])
-def test_without_stamps_no_image_is_looked_at_for_them(experiment, small_models, rule, stamped):
+@pytest.mark.parametrize(("rule", "stamped", "innocent"), [("crowd", 0, set()), ("paper", 8, {"model 2"})])
+def test_without_stamps_no_image_is_looked_at_for_them(experiment, small_models, rule, stamped, innocent):
+    """The published rule accuses an innocent one too, as it often does in so small a crowd."""
     origin, models = small_models
     inspection = experiment.Inspection(Seen(200), 200, rule, stamped)
-    assert "model 4" in inspection.decide(origin, named(models), "model 0", "cpu") or rule == "paper"
+    assert inspection.decide(origin, named(models), "model 0", "cpu") == {"model 4"} | innocent
     assert sorted(inspection.dataset.asked) == sorted([*range(200)] * 2), "for the labels and for the distances"
