@@ -1,10 +1,11 @@
 """Attacks too faint for one round, repeated for ten: real CIFAR-10, ten participants, a tenth of the attackers' data
-poisoned, updates unscaled.
+poisoned, updates unscaled; and ten rounds without an attack.
 
     python benchmarks/ten_rounds.py ~/cifar10
 
-Each round is judged by rule `crowd`, beside the oracle that averages the honest models and plain FedAvg, each with a
-global model of its own. One line a round goes to `benchmarks/ten_rounds.csv`; what is there is not run again.
+Each round is judged by rule `crowd`, whose validators remember the rounds before, beside the oracle that averages the
+honest models and plain FedAvg, each with a global model of its own. One line a round goes to
+`benchmarks/ten_rounds.csv`; what is there is not run again.
 """
 
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,14 +19,11 @@ from common import ROOT, arguments
 from detection import (
     Crowd,
     Setting,
-    View,
-    ballots,
     config_of,
     experiment,
     load_images,
     rates,
     shares,
-    stamp,
     test_loaders,
     train_one,
     validation_loader,
@@ -35,40 +33,45 @@ from tqdm import tqdm
 
 ROUNDS = 10
 RESULTS = ROOT / "benchmarks" / "ten_rounds.csv"
-DEFENCES = ("crowd", "oracle", "plain FedAvg")
 
 
 def settings() -> list[Setting]:
+    """The faintest attack, and none."""
     faint = Setting(pdr=0.1, scaled=False)
-    return [faint, replace(faint, crowd=Crowd(alpha=0.5))]
+    return [replace(faint, crowd=Crowd(alpha=alpha), pmr=pmr) for pmr in (0.25, 0) for alpha in (None, 0.5)]
 
 
-def accepted_by(defence: str, global_model, models, mine, setting: Setting, seed: int) -> np.ndarray:
-    """Which models `(model,)` are averaged."""
-    if defence != "crowd":
-        return np.array([defence == "plain FedAvg" or m not in setting.attackers for m in range(len(models))])
-    loaders = [validation_loader(share, seed, p) for p, share in enumerate(mine)]
-    views = []
-    for batches in map(list, loaders):
-        distances, labels = experiment.hidden_distances(global_model, models, batches, "cpu")
-        views.append(View(distances, labels, stamp(global_model, models, batches)))
-    return experiment.stacked_clustering(ballots(views, setting, "crowd"))
+def defences(setting: Setting) -> tuple:
+    return ("crowd", "oracle", "plain FedAvg") if setting.attackers else ("crowd", "oracle")
+
+
+def ballots(global_model, models, datasets, setting: Setting, memories: list) -> list:
+    """Votes `(voter, model)` of one round; `memories` is what each validator remembers, and is brought up to date."""
+    everyone, rows = set(range(len(models))), []
+    for voter, dataset in enumerate(datasets):
+        if voter in setting.attackers:
+            found = everyone - setting.attackers
+        else:
+            inspection = experiment.Inspection(dataset, heard=memories[voter])
+            found = inspection.decide(global_model, dict(enumerate(models)), voter, "cpu")
+            memories[voter] = inspection.heard
+        rows.append([int(model not in found) for model in range(len(models))])
+    return rows
 
 
 def play(folder: Path, setting: Setting, seed: int, defence: str) -> list[dict]:
     """Ten rounds from the warmed-up model; a row each."""
     torch.set_num_threads(1)
-    images = load_images(folder)
-    model, config, mine = (
-        warm_model(images, setting.crowd),
-        config_of(setting.crowd),
-        shares(images, setting.crowd, seed),
-    )
-    tests, rows = test_loaders(images), []
+    images, config = load_images(folder), config_of(setting.crowd)
+    model, mine = warm_model(images, setting.crowd), shares(images, setting.crowd, seed)
+    datasets = [validation_loader(share, seed, p).dataset for p, share in enumerate(mine)]
+    tests, rows, memories = test_loaders(images), [], [None] * len(mine)
     for number in range(1, ROUNDS + 1):
         states = [train_one(model, mine[r.participant], r, 100 * number + seed, config) for r in setting.roles]
         models = [experiment.with_state(model, state) for state in states]
-        accepted = accepted_by(defence, model, models, mine, setting, seed)
+        accepted = np.array([defence == "plain FedAvg" or m not in setting.attackers for m in range(len(models))])
+        if defence == "crowd":
+            accepted = experiment.stacked_clustering(ballots(model, models, datasets, setting, memories))
         if accepted.any():
             model = experiment.with_state(model, experiment.fed_avg([states[m] for m in np.flatnonzero(accepted)]))
         main, backdoor = (experiment.accuracy(model, test, "cpu") for test in tests)
@@ -79,7 +82,7 @@ def play(folder: Path, setting: Setting, seed: int, defence: str) -> list[dict]:
 
 def missing(seeds: int) -> list[tuple]:
     """What is not in the CSV yet."""
-    jobs = [(setting, seed, d) for seed in range(seeds) for setting in settings() for d in DEFENCES]
+    jobs = [(setting, seed, d) for seed in range(seeds) for setting in settings() for d in defences(setting)]
     if not RESULTS.exists():
         return jobs
     rows = pd.read_csv(RESULTS).fillna({"alpha": 0})

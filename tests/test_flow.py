@@ -268,6 +268,21 @@ def test_the_draw_of_validators_is_fair_and_depends_on_the_updates(experiment):
     assert everybody == names
 
 
+def test_validators_remember_what_stamps_have_provoked(run):
+    """Everybody's, but not that of an update which never arrived."""
+    memories = {name: {} for name in NAMES}
+    changes = {name: {"memory": memory} for name, memory in memories.items()}
+    run(changes | {"Chandler": {"memory": memories["Chandler"], "train_loader": BrokenLoader()}}, rounds=2)
+    present = set(NAMES) - {"Chandler"}
+    for name in present:
+        heard = memories[name]["heard"]
+        assert heard.keys() == present
+        lengths = [torch.as_tensor(provoked).norm(dim=1).median() for provoked in heard.values()]
+        assert min(lengths) > 0.1, "in units of the crowd"
+    run({"Amsterdam": {"memory": (without := {})}}, rounds=2, stamped_images=0)
+    assert not without["heard"]
+
+
 def test_who_missed_a_step_of_the_global_model_is_reported_and_gets_it_whole(run):
     class Forgetful(dict):
         """Forgets the second version of the global model, once."""

@@ -210,6 +210,85 @@ def test_few_classes_are_too_few(experiment, rng):
     assert experiment.provoked(responses, own=0) == set()
 
 
+# --- What is remembered -------------------------------------------------------------------------------------------
+
+
+def rounds(rng, faint=(), number=8, models=10):
+    """Responses by name of several rounds: noise, and from the `faint` the same wish in every round."""
+    wish = 2.2 * np.eye(10)[3] * np.sqrt(10)
+    for _ in range(number):
+        responses = crowd(rng, models)
+        for model in faint:
+            responses[99, model] += wish
+        yield {f"model {m}": responses[:, m] for m in range(models)}
+
+
+def suspects_by_round(experiment, series):
+    heard, by_round = {}, []
+    for responses in series:
+        found, heard = experiment.provoked_so_far(responses, "model 0", set(), heard)
+        by_round.append(found)
+    return by_round
+
+
+def test_what_is_too_faint_for_a_round_is_found_after_some(experiment):
+    rng = np.random.default_rng(5)
+    faint = list(rounds(rng, faint=(4, 7)))
+    assert not any(experiment.provoked_so_far(responses, "model 0", set(), {})[0] for responses in faint)
+    assert suspects_by_round(experiment, faint)[3:] == [{"model 4", "model 7"}] * 5
+
+
+def test_chance_does_not_add_up(experiment, rng):
+    assert not any(suspects_by_round(experiment, rounds(rng, number=30)))
+
+
+def test_a_single_round_marks_nobody_for_ever(experiment, rng):
+    series = list(rounds(rng))
+    series[2]["model 5"] = 1e30 * series[2]["model 5"]
+    series[4]["model 6"] = np.full((128, 10), np.nan)
+    assert suspects_by_round(experiment, series) == [set()] * 2 + [{"model 5"}, set(), {"model 6"}] + [set()] * 3
+
+
+def test_the_first_round_is_judged_by_itself(experiment, rng):
+    responses = crowd(rng)
+    responses[17, 5] *= LOUD
+    by_name = {f"model {m}": responses[:, m] for m in range(8)}
+    assert experiment.provoked_so_far(by_name, "model 0", set(), {})[0] == {"model 5"}
+
+
+def test_memory_by_hand(experiment):
+    """Three models whose usual loudness is 2: 2 at the first stamp and 2 at the second."""
+    now = {"a": [[2, 0], [0, 2]], "b": [[0, 2], [2, 0]], "c": [[2, 0], [0, 100]]}
+    now = {name: np.array(response, float) for name, response in now.items()}
+    first = experiment.remembered({"a": np.ones((2, 2)), "d": np.ones((2, 2))}, now, "a")
+    assert first.keys() == {"a", "b", "c", "d"}
+    np.testing.assert_allclose(first["a"], [[1.8, 0.8], [0.8, 1.8]])
+    np.testing.assert_allclose(first["b"], [[0, 1], [1, 0]])
+    np.testing.assert_allclose(first["c"], [[1, 0], [0, 1.3 * experiment.ALONE]])
+    np.testing.assert_allclose(first["d"], experiment.KEPT * np.ones((2, 2)))
+
+
+def test_who_is_new_or_comes_back_is_compared_fairly(experiment, rng):
+    """A newcomer is quieter than those who have been heard for long, which makes nobody else loud."""
+    series = list(rounds(rng))
+    for responses in series[:6]:
+        del responses["model 8"], responses["model 9"]
+    for responses in series[3:5]:
+        del responses["model 2"]
+    assert not any(suspects_by_round(experiment, series))
+    series[7]["model 9"][3] *= LOUD
+    assert suspects_by_round(experiment, series)[7] == {"model 9"}
+
+
+def test_without_a_yardstick_nothing_is_added(experiment, rng):
+    before = {"model 0": np.ones((128, 10)), "model 1": np.ones((128, 10))}
+    own_broken = {"model 0": np.full((128, 10), np.inf), "model 1": crowd(rng)[:, 0]}
+    nobody_moved = dict.fromkeys(before, np.zeros((128, 10)))
+    for responses in (own_broken, nobody_moved):
+        after = experiment.remembered(before, responses, "model 0")
+        assert all((after[name] == experiment.KEPT).all() for name in before)
+
+
 # --- A real backdoor ----------------------------------------------------------------------------------------------
 
 
@@ -256,6 +335,6 @@ def test_an_inspection_in_portions_asks_the_same_stamps(experiment, trained):
     inspection = experiment.Inspection(loader.dataset)
     for portion, complete in ((["g", "d"], False), (["a", "f", "c"], False), (["b", "e"], True)):
         found = inspection.decide(origin, {name: named[name] for name in portion}, "g", "cpu", complete)
-    assert found == {"d", "c"}
+    assert found == {"d", "c"} and inspection.heard.keys() == named.keys()
     without = experiment.Inspection(loader.dataset, stamped=0)
     assert without.decide(origin, named, "g", "cpu") == set()
