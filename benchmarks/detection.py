@@ -302,7 +302,7 @@ def ballots(views: list[View], setting: Setting, rule: str) -> np.ndarray:
     return np.array(rows)
 
 
-def verdicts(trained: Trained, setting: Setting, views: dict) -> dict:
+def verdicts(setting: Setting, views: dict) -> dict:
     """Who accepts whom: rule → bool `(model,)`; also plain FedAvg, and the oracle that accepts the honest models."""
     judges = {rule: (rule, "G") for rule in experiment.RULES}
     if "random" in views:
@@ -328,7 +328,7 @@ def rows_of(folder: Path, crowd: Crowd, seed: int, points: list[Setting]) -> lis
     measured, rows = {}, []
     trained.views(roles)  # all at once
     for setting in points:
-        for name, accepted in verdicts(trained, setting, trained.views(setting.roles)).items():
+        for name, accepted in verdicts(setting, trained.views(setting.roles)).items():
             taken = tuple(role for role, is_in in zip(setting.roles, accepted, strict=True) if is_in)
             if taken not in measured:
                 measured[taken] = measure(trained, taken, tests)

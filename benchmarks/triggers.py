@@ -11,7 +11,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from common import ROOT, arguments, private_attributes
@@ -23,7 +22,6 @@ from detection import (
     Setting,
     Trained,
     View,
-    ballots,
     experiment,
     load_images,
     rates,
@@ -31,6 +29,7 @@ from detection import (
     test_loaders,
     train_one,
     validation_loader,
+    verdicts,
     warm_model,
 )
 from tqdm import tqdm
@@ -75,31 +74,30 @@ def triggered_test(images, trigger):
     return private_attributes.as_loader(trigger(pixels[others]), wanted, TEST_IMAGES)
 
 
+def trained_states(trained: Trained, trigger, seed: int) -> dict:
+    """What the participants send, and the last four as attackers with this trigger: (participant, attacks) → state."""
+    states = {(p, False): trained.state(Role(p)) for p in range(10)}
+    for p in range(6, 10):
+        poisoned = private_attributes.poison(*trained.shares[p], TARGET, 0.5, seed, trigger)
+        update = trained.packed(train_one(trained.global_model, poisoned, Role(p), seed, trained.config))
+        states[p, True] = experiment.unpack_update(update, trained.reference)
+    return states
+
+
 def rows_of(folder: Path, name: str, seed: int) -> list[dict]:
     torch.set_num_threads(1)
     images, trigger = load_images(folder), TRIGGERS[name]
     trained, test = Trained(images, Crowd(), seed), triggered_test(images, trigger)
-    states = {p: trained.state(Role(p)) for p in range(10)}
-    for p in range(6, 10):
-        poisoned = private_attributes.poison(*trained.shares[p], TARGET, 0.5, seed, trigger)
-        update = trained.packed(train_one(trained.global_model, poisoned, Role(p), seed, trained.config))
-        states[p, "attacker"] = experiment.unpack_update(update, trained.reference)
-    models = {key: experiment.with_state(trained.global_model, state) for key, state in states.items()}
-    rows = []
+    states, rows = trained_states(trained, trigger, seed), []
+    models = {who: experiment.with_state(trained.global_model, state) for who, state in states.items()}
     views = [look(trained, models, p, seed) for p in range(10)]
     for pmr in PMRS:
         setting = Setting(pmr=pmr, scaled=False)
-        keys = [(p, "attacker") if p in setting.attackers else p for p in range(10)]
-        seen = [view.of([list(models).index(key) for key in keys]) for view in views]
-        accepted = {
-            rule: experiment.stacked_clustering(ballots(seen, setting, rule), rule) for rule in experiment.RULES
-        }
-        accepted["plain FedAvg"] = np.ones(10, dtype=bool)
-        accepted["oracle"] = np.array([p not in setting.attackers for p in range(10)])
-        for rule, trusted in accepted.items():
-            state = experiment.fed_avg([states[key] for key, is_in in zip(keys, trusted, strict=True) if is_in])
-            model = experiment.with_state(trained.global_model, state)
-            backdoor = experiment.accuracy(model, test, "cpu")
+        present = [(p, p in setting.attackers) for p in range(10)]
+        seen = [view.of([list(models).index(who) for who in present]) for view in views]
+        for rule, trusted in verdicts(setting, {"G": seen}).items():
+            state = experiment.fed_avg([states[who] for who, is_in in zip(present, trusted, strict=True) if is_in])
+            backdoor = experiment.accuracy(experiment.with_state(trained.global_model, state), test, "cpu")
             where = {"trigger": name, "pmr": pmr, "seed": seed, "rule": rule}
             rows.append(where | rates(trusted, setting) | {"backdoor": backdoor})
     return rows
