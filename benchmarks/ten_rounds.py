@@ -65,7 +65,7 @@ def play(folder: Path, setting: Setting, seed: int, defence: str) -> list[dict]:
     images, config = load_images(folder), config_of(setting.crowd)
     model, mine = warm_model(images, setting.crowd), shares(images, setting.crowd, seed)
     datasets = [validation_loader(share, seed, p).dataset for p, share in enumerate(mine)]
-    tests, rows, memories = test_loaders(images), [], [None] * len(mine)
+    tests, rows, memories = test_loaders(images), [], [{} for _ in mine]
     for number in range(1, ROUNDS + 1):
         states = [train_one(model, mine[r.participant], r, 100 * number + seed, config) for r in setting.roles]
         models = [experiment.with_state(model, state) for state in states]
