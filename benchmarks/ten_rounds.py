@@ -5,13 +5,15 @@ poisoned, updates unscaled; and ten rounds without an attack.
 
 Each round is judged by rule `crowd`, whose validators remember the rounds before, beside the oracle that averages the
 honest models and plain FedAvg, each with a global model of its own. One line a round goes to
-`benchmarks/ten_rounds.csv`; what is there is not run again.
+`benchmarks/ten_rounds.csv`, beside it a picture; what is there is not run again.
 """
 
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -31,6 +33,7 @@ from detection import (
 )
 from tqdm import tqdm
 
+matplotlib.use("Agg")
 ROUNDS = 10
 RESULTS = ROOT / "benchmarks" / "ten_rounds.csv"
 
@@ -90,22 +93,35 @@ def missing(seeds: int) -> list[tuple]:
     return [(s, seed, d) for s, seed, d in jobs if (s.crowd.alpha or 0, s.pmr, seed, d) not in done]
 
 
+def picture(rows: pd.DataFrame, path: Path) -> None:
+    """Backdoor accuracy over the rounds of the attack, mean of the seeds and each of them."""
+    attacked = rows[rows["pmr"] > 0].fillna({"alpha": 0})
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")
+    for axis, (alpha, part) in zip(axes, attacked.groupby("alpha"), strict=True):
+        for colour, (defence, runs) in zip(("tab:blue", "tab:green", "tab:red"), part.groupby("defence"), strict=True):
+            by_seed = runs.pivot(index="round", columns="seed", values="backdoor")
+            axis.plot(by_seed, color=colour, linewidth=0.7, alpha=0.5)
+            axis.plot(by_seed.mean(axis=1), color=colour, label=defence)
+        axis.set(title=f"Dirichlet {alpha:g}" if alpha else "IID", xlabel="round", ylim=(0, 1))
+    axes[0].set_ylabel("backdoor accuracy")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
 def main():
-    parser = arguments(__doc__, seeds=2)
-    args = parser.parse_args()
-    folder = args.folder
-    warm_model(load_images(folder), Crowd())
+    args = arguments(__doc__, seeds=2).parse_args()
+    warm_model(load_images(args.folder), Crowd())
     with ProcessPoolExecutor(args.workers) as pool:
-        jobs = [pool.submit(play, folder, *job) for job in missing(args.seeds)]
+        jobs = [pool.submit(play, args.folder, *job) for job in missing(args.seeds)]
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="runs of ten rounds"):
             rows = pd.DataFrame(job.result())
             rows.to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False)
-    last = pd.read_csv(RESULTS).query("round == @ROUNDS")
-    print(
-        last.groupby(["alpha", "pmr", "defence"], dropna=False)[["tpr", "tnr", "main", "backdoor"]]
-        .agg(["mean", "max"])
-        .round(3)
-    )
+    rows = pd.read_csv(RESULTS)
+    picture(rows, RESULTS.with_suffix(".png"))
+    groups = rows.groupby(["alpha", "pmr", "defence"], dropna=False)[["tpr", "tnr", "main", "backdoor"]]
+    print("all rounds", groups.mean().round(3), sep="\n")
+    last = rows[rows["round"] == ROUNDS].groupby(["alpha", "pmr", "defence"], dropna=False)[["main", "backdoor"]]
+    print("the last", last.agg(["mean", "max"]).round(3), sep="\n")
 
 
 if __name__ == "__main__":

@@ -347,7 +347,7 @@ def test_ray_gives_the_same_results(exported, tmp_path):
     histories = []
     for backend in ("single_process", "ray"):
         command = [sys.executable, "-c", RUN, backend, json.dumps(NAMES)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
         histories.append(without_times(json.loads((tmp_path / f"{backend}.json").read_text())))
     assert histories[0] == histories[1]
