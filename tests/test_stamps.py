@@ -326,7 +326,8 @@ def test_without_a_yardstick_nothing_is_added(experiment, rng):
     before = {"model 0": np.ones((128, 10)), "model 1": np.ones((128, 10))}
     own_broken = {"model 0": np.full((128, 10), np.inf), "model 1": crowd(rng)[:, 0]}
     nobody_moved = dict.fromkeys(before, np.zeros((128, 10)))
-    for responses in (own_broken, nobody_moved):
+    nearly_silent = {"model 0": np.eye(128, 10), "model 1": np.eye(128, 10)}
+    for responses in (own_broken, nobody_moved, nearly_silent):
         assert experiment.remembered(before, responses, "model 0") is before
 
 
