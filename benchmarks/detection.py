@@ -240,9 +240,10 @@ class Trained:
         columns = [kept["roles"].tolist().index(name) for name in names]
         cut = functools.partial(np.split, indices_or_sections=kept["borders"])
         labels, responses = cut(kept["labels"]), kept["responses"][:, :, columns]
-        references = [name for name in ("G", "random") if name in kept]
-        of = {name: cut(kept[name][:, :, columns], axis=1) for name in references}
-        return {name: [View(*seen) for seen in zip(of[name], labels, responses, strict=True)] for name in references}
+        return {
+            name: [View(*seen) for seen in zip(cut(kept[name][:, :, columns], axis=1), labels, responses, strict=True)]
+            for name in ("G", "random")
+        }
 
     def validation_loaders(self) -> list:
         """The images on which each participant inspects the models."""
@@ -253,9 +254,7 @@ class Trained:
         batches = [list(loader) for loader in self.validation_loaders()]
         counts = [sum(len(labels) for _, labels in mine) for mine in batches]
         everyones = [batch for mine in batches for batch in mine]
-        looks = {"G": self.global_model}
-        if self.crowd.width < 64:  # the historical baseline is for the narrow net alone
-            looks["random"] = experiment.initial_model(config_of(self.crowd, seed=self.seed))
+        looks = {"G": self.global_model, "random": experiment.initial_model(config_of(self.crowd, seed=self.seed))}
         views, responses = {name: [] for name in looks}, []
         for first in range(0, len(roles), AT_ONCE):
             group = [experiment.with_state(self.global_model, self.state(r)) for r in roles[first : first + AT_ONCE]]
