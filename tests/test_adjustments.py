@@ -25,8 +25,9 @@ def aggregator(experiment):
     return made
 
 
-def answer(aggregator, name):
-    result = SimpleNamespace(input=name, _foreach_methods=[], execute_task_args=(), report=name)
+def answer(aggregator, name, signed=None):
+    following = getattr(aggregator.flow, "execute_task_args", ())
+    result = SimpleNamespace(input=signed or name, _foreach_methods=[], execute_task_args=following, report=name)
     aggregator.send_task_results(name, 1, ["collect_models"], dill.dumps(result))
 
 
@@ -55,6 +56,15 @@ def test_a_result_that_nobody_asked_for_is_left_out(aggregator):
     assert aggregator.clones_dict["Bangalore"] is before and aggregator.collaborators_counter == 0
 
 
+def test_nobody_answers_in_the_name_of_another(aggregator):
+    for name in NAMES:
+        aggregator.get_tasks(name)
+    answer(aggregator, "Amsterdam")
+    answer(aggregator, "Bangalore", signed="Amsterdam")
+    assert aggregator.clones_dict["Amsterdam"].report == "Amsterdam"
+    assert not hasattr(aggregator.clones_dict["Bangalore"], "report"), "which is a failure of its own"
+
+
 def test_more_participants_than_small_integers(aggregator):
     """Above 256 OpenFL never sees that all have answered."""
     aggregator.selected_collaborators = [f"P{i}" for i in range(300)]
@@ -62,6 +72,48 @@ def test_more_participants_than_small_integers(aggregator):
     aggregator.get_tasks("Amsterdam")
     answer(aggregator, "Amsterdam")
     assert aggregator.collaborators_counter == 0 and aggregator.collaborator_task_results.is_set()
+
+
+def waiting(experiment, aggregator, patience, meanwhile, seconds):
+    """Watches a flow that takes so long, while something goes on."""
+
+    async def both():
+        flow = asyncio.ensure_future(asyncio.sleep(seconds, "done"))
+        return (await asyncio.gather(experiment.watch(aggregator, flow, patience, every=0.1), meanwhile(flow)))[0]
+
+    async def step():
+        pass
+
+    step.collaborator_step = True
+    aggregator.flow.execute_task_args = (None, step, step)
+    return asyncio.run(both())
+
+
+async def nothing(flow):
+    pass
+
+
+def test_patience_ends_when_nobody_answers_even_if_somebody_keeps_asking(experiment, aggregator):
+    async def ask(flow):
+        while not flow.done():
+            aggregator.get_tasks("Amsterdam")
+            await asyncio.sleep(0.05)
+
+    for meanwhile in (nothing, ask):
+        with pytest.raises(TimeoutError, match="step: 0 of 2 participants"):
+            waiting(experiment, aggregator, 0.5, meanwhile, seconds=5)
+
+
+def test_patience_lasts_while_answers_come(experiment, aggregator):
+    async def take_turns(flow):
+        while not flow.done():
+            for name in NAMES:
+                aggregator._Aggregator__collaborator_tasks_queue[name].put(("train", aggregator.clones_dict[name]))
+                aggregator.get_tasks(name)
+                answer(aggregator, name)
+                await asyncio.sleep(0.1)
+
+    assert waiting(experiment, aggregator, 0.5, take_turns, seconds=2) == "done"
 
 
 def test_short_outages_do_not_add_up(experiment, monkeypatch):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -156,6 +157,13 @@ def test_measures_that_cannot_be_are_left_out_and_reported(experiment, lie):
     honest = {"main_accuracy": 0.5, "backdoor_accuracy": 0.0, "images": 10, "backdoor_images": 9}
     measures, failed = experiment.sound_measures({"A": honest, "B": honest | lie})
     assert (list(measures), list(failed)) == (["A"], ["B"])
+
+
+def test_only_true_counts_as_an_attack(experiment):
+    """Whatever a participant says of itself, there is a row."""
+    trained = {"A": {"attacks": True}, "B": {"attacks": np.array([1, 2])}, "C": {"attacks": "no"}, "D": {}}
+    row = experiment.history_row(experiment.demo, 1, [*trained], trained, {}, {}, ["B", "C"], {}, {})
+    assert (row["attackers"], row["tpr"], row["tnr"]) == (["A"], 1, 1)
 
 
 def test_if_nobody_delivers_the_global_model_stays(experiment, run):

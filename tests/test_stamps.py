@@ -313,13 +313,12 @@ def test_who_cannot_be_heard_now_is_not_judged_by_what_is_remembered(experiment,
     assert suspects_by_round(experiment, series)[7] == broken, "no yardstick"
 
 
-def test_other_stamps_than_before_begin_anew(experiment, rng):
-    series = [{name: response[:stamps] for name, response in next(rounds(rng)).items()} for stamps in (128, 32, 0, 32)]
-    heard = {}
-    for responses in series:
-        found, heard = experiment.provoked_so_far(responses, "model 0", set(), heard)
-        assert not found
-    assert all(remembered.shape == (32, 10) for remembered in heard.values())
+def test_where_nothing_new_is_heard_nobody_is_judged_by_the_past(experiment):
+    """The two faint ones have just been found; now nearly nobody answers to anything."""
+    *before, last = rounds(np.random.default_rng(5), faint=(4, 7))
+    quiet = {name: np.eye(128, 10) for name in last}
+    found = suspects_by_round(experiment, [*before, last, quiet])
+    assert found[-2:] == [{"model 4", "model 7"}, set()]
 
 
 def test_without_a_yardstick_nothing_is_added(experiment, rng):
