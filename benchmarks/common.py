@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pandas as pd
 from nbdev.export import nb_export
 
 ROOT = Path(__file__).parent.parent
@@ -26,9 +27,21 @@ def load_experiment():
     return module
 
 
+def done(path: Path, *columns: str) -> set[tuple]:
+    """What a CSV holds already, by some of its columns; what is not there counts as 0."""
+    if not path.exists():
+        return set()
+    return set(pd.read_csv(path)[[*columns]].fillna(0).itertuples(index=False, name=None))
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    """Adds rows to a CSV, all at once, so that they are in it either whole or not at all."""
+    pd.DataFrame(rows).to_csv(path, mode="a", header=not path.exists(), index=False)
+
+
 def arguments(description: str, seeds: int | None = None, parallel: bool = True) -> argparse.ArgumentParser:
     """A parser for the folder of the images and, of a benchmark that has them, for seeds and the processes."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
     parser.add_argument("folder", type=lambda text: Path(text).expanduser(), help="train/<class>/… and test/<class>/…")
     if parallel:
         parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")

@@ -10,7 +10,6 @@ trained. One line a setting, seed and rule goes to `benchmarks/detection.csv` as
 """
 
 import copy
-import csv
 import functools
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,7 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import ROOT, arguments, load_experiment, private_attributes
+from common import ROOT, append, arguments, done, load_experiment, private_attributes
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from tqdm import tqdm
@@ -364,38 +363,23 @@ def run(folder: Path, seeds, workers: int) -> None:
     images = load_images(folder)
     for crowd in {(s.crowd.width, s.crowd.hidden): s.crowd for s in settings()}.values():
         warm_model(images, crowd)
-    known = finished()
-    missing = {}
+    known, missing = done(RESULTS, *KEY), {}
     for setting in settings():
         for seed in seeds:
-            if key(flat(setting) | {"seed": seed}) not in known:
+            if key(setting, seed) not in known:
                 missing.setdefault((seed, setting.crowd), []).append(setting)
     narrow_first = sorted(missing, key=lambda job: (job[1].width, job[0]))
     with ProcessPoolExecutor(workers) as pool:
         jobs = [pool.submit(rows_of, folder, crowd, seed, missing[seed, crowd]) for seed, crowd in narrow_first]
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="crowds x seeds"):
-            append(job.result())
+            append(RESULTS, job.result())
 
 
-def key(row: dict) -> tuple:
-    """What tells one round from another."""
-    return tuple(None if pd.isna(row[name]) else row[name] for name in (*flat(Setting()), "seed"))
+KEY = (*flat(Setting()), "seed")  # the columns that tell one round from another
 
 
-def finished() -> set[tuple]:
-    if not RESULTS.exists():
-        return set()
-    return {key(row) for row in pd.read_csv(RESULTS).to_dict("records")}
-
-
-def append(rows: list[dict]) -> None:
-    """All rows of a crowd at once, so that it is in the file either whole or not at all."""
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+def key(setting: Setting, seed: int) -> tuple:
+    return tuple(value or 0 for value in (flat(setting) | {"seed": seed}).values())
 
 
 # --- What is there ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from common import ROOT, arguments
+from common import ROOT, append, arguments, done
 from detection import Crowd, Role, Trained, experiment, load_images, warm_model
 from tqdm import tqdm
 
@@ -49,11 +49,8 @@ def look_at_each_other(folder: Path, alpha: float | None) -> None:
 def missing() -> list[tuple]:
     """What is not in the CSV yet, the quick rule first."""
     jobs = [(alpha, size, rule) for rule in experiment.RULES for size in SIZES for alpha in (None, 0.5)]
-    if not RESULTS.exists():
-        return jobs
-    rows = pd.read_csv(RESULTS).fillna({"alpha": 0})
-    done = set(rows[["alpha", "participants", "rule"]].itertuples(index=False, name=None))
-    return [job for job in jobs if (job[0] or 0, *job[1:]) not in done]
+    known = done(RESULTS, "alpha", "participants", "rule")
+    return [job for job in jobs if (job[0] or 0, *job[1:]) not in known]
 
 
 def main():
@@ -64,7 +61,7 @@ def main():
             job.result()
         jobs = [pool.submit(rounds, args.folder, *job) for job in missing()]
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="partitions x sizes x rules"):
-            pd.DataFrame([job.result()]).to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False)
+            append(RESULTS, [job.result()])
     print(pd.read_csv(RESULTS).sort_values(["rule", "alpha", "participants"]).to_string(index=False))
 
 

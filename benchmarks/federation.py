@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
-from common import ROOT
+from common import ROOT, append, done
 from tqdm import tqdm
 
 RESULTS = ROOT / "benchmarks" / "federation.csv"
@@ -55,10 +55,10 @@ def history_of(folder: Path, dtype: str) -> tuple[dict, float]:
         command = [*launch, "--", *notebook, *options(CONFIG | {"update_dtype": dtype})]
         tree = Tree()
         tree.start()
-        done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+        ended = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
         tree.done.set()
-        if done.returncode:
-            raise RuntimeError(f"the federation failed:\n{done.stdout[-3000:]}")
+        if ended.returncode:
+            raise RuntimeError(f"the federation failed:\n{ended.stdout[-3000:]}")
         return json.loads((Path(results) / "history.json").read_text()), tree.largest / 1e9
 
 
@@ -87,15 +87,12 @@ def step_row(history: list[dict], number: int, step: str, hand_overs: list) -> d
 
 
 def run(folder: Path, repetitions: int) -> None:
-    done = set()
-    if RESULTS.exists():
-        done = set(pd.read_csv(RESULTS)[["repetition", "dtype"]].itertuples(index=False, name=None))
-    missing = [(r, dtype) for r in range(repetitions) for dtype in DTYPES if (r, dtype) not in done]
+    known = done(RESULTS, "repetition", "dtype")
+    missing = [(r, dtype) for r in range(repetitions) for dtype in DTYPES if (r, dtype) not in known]
     for repetition, dtype in tqdm(missing, desc="federations"):
         written, peak = history_of(folder, dtype)
         where = {"repetition": repetition, "dtype": dtype}
-        rows = pd.DataFrame([where | row | {"peak_gb": round(peak, 2)} for row in steps(written)])
-        rows.to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False)
+        append(RESULTS, [where | row | {"peak_gb": round(peak, 2)} for row in steps(written)])
 
 
 def main(folder: Path, repetitions: int) -> None:

@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import ROOT, load_experiment, private_attributes
+from common import ROOT, append, done, load_experiment, private_attributes
 from inspection import Peak
 from tqdm import tqdm
 
@@ -80,18 +80,15 @@ def measure(participants: int) -> dict:
 
 
 def run(repetitions: int) -> None:
-    done = set()
-    if RESULTS.exists():
-        done = set(pd.read_csv(RESULTS)[["repetition", "participants"]].itertuples(index=False, name=None))
-    missing = [(r, n) for r in range(repetitions) for n in PARTICIPANTS if (r, n) not in done]
+    known = done(RESULTS, "repetition", "participants")
+    missing = [(r, n) for r in range(repetitions) for n in PARTICIPANTS if (r, n) not in known]
     for repetition, participants in tqdm(missing, desc="numbers of participants"):
         command = [sys.executable, __file__, str(participants)]
         with tempfile.TemporaryDirectory() as folder:  # metaflow writes into the current one
             environment = os.environ | {"METAFLOW_USER": "benchmark"}
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
-        measured = json.loads(done.stdout.splitlines()[-1])
-        row = pd.DataFrame([{"repetition": repetition, "participants": participants} | measured])
-        row.to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False)
+            ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        measured = json.loads(ended.stdout.splitlines()[-1])
+        append(RESULTS, [{"repetition": repetition, "participants": participants} | measured])
 
 
 def figure(rows: pd.DataFrame) -> None:

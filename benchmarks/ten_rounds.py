@@ -4,7 +4,8 @@ poisoned, updates unscaled; and ten rounds without an attack.
     python benchmarks/ten_rounds.py ~/cifar10
 
 Each round is judged by rule `crowd`, whose validators remember the rounds before, beside the oracle that averages the
-honest models and plain FedAvg, each with a global model of its own. One line a round goes to
+honest models and plain FedAvg, each with a global model of its own. Attackers draw in every round anew which of their
+images they poison; models are averaged and inspected as they are, not rounded as on the wire. One line a round goes to
 `benchmarks/ten_rounds.csv`, beside it a picture; what is there is not run again.
 """
 
@@ -17,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import ROOT, arguments
+from common import ROOT, append, arguments, done
 from detection import (
     Crowd,
     Setting,
@@ -86,11 +87,8 @@ def play(folder: Path, setting: Setting, seed: int, defence: str) -> list[dict]:
 def missing(seeds: int) -> list[tuple]:
     """What is not in the CSV yet."""
     jobs = [(setting, seed, d) for seed in range(seeds) for setting in settings() for d in defences(setting)]
-    if not RESULTS.exists():
-        return jobs
-    rows = pd.read_csv(RESULTS).fillna({"alpha": 0})
-    done = set(rows[["alpha", "pmr", "seed", "defence"]].itertuples(index=False, name=None))
-    return [(s, seed, d) for s, seed, d in jobs if (s.crowd.alpha or 0, s.pmr, seed, d) not in done]
+    known = done(RESULTS, "alpha", "pmr", "seed", "defence")
+    return [(s, seed, d) for s, seed, d in jobs if (s.crowd.alpha or 0, s.pmr, seed, d) not in known]
 
 
 def picture(rows: pd.DataFrame, path: Path) -> None:
@@ -114,8 +112,7 @@ def main():
     with ProcessPoolExecutor(args.workers) as pool:
         jobs = [pool.submit(play, args.folder, *job) for job in missing(args.seeds)]
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="runs of ten rounds"):
-            rows = pd.DataFrame(job.result())
-            rows.to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False)
+            append(RESULTS, job.result())
     rows = pd.read_csv(RESULTS)
     picture(rows, RESULTS.with_suffix(".png"))
     groups = rows.groupby(["alpha", "pmr", "defence"], dropna=False)[["tpr", "tnr", "main", "backdoor"]]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from common import ROOT, arguments, private_attributes
+from common import ROOT, append, arguments, done, private_attributes
 from detection import (
     TARGET,
     TEST_IMAGES,
@@ -112,10 +112,8 @@ def look(trained: Trained, models: dict, validator: int, seed: int) -> View:
 def missing(seeds: int) -> list[tuple]:
     """What is not in the CSV yet."""
     jobs = [(name, seed) for seed in range(seeds) for name in TRIGGERS]
-    if not RESULTS.exists():
-        return jobs
-    done = set(pd.read_csv(RESULTS)[["trigger", "seed"]].itertuples(index=False, name=None))
-    return [job for job in jobs if job not in done]
+    known = done(RESULTS, "trigger", "seed")
+    return [job for job in jobs if job not in known]
 
 
 def main():
@@ -124,7 +122,7 @@ def main():
     with ProcessPoolExecutor(args.workers) as pool:
         jobs = [pool.submit(rows_of, args.folder, *job) for job in missing(args.seeds)]
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="triggers x seeds"):
-            pd.DataFrame(job.result()).to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False)
+            append(RESULTS, job.result())
     groups = pd.read_csv(RESULTS).groupby(["trigger", "pmr", "rule"], sort=False)
     print(groups[["tpr", "tnr", "backdoor"]].mean().round(3).to_string())
 

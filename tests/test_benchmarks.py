@@ -38,19 +38,20 @@ def test_the_settings_the_benchmark_promises(detection):
 
 def test_what_is_in_the_csv_is_not_run_again_and_the_table_counts_it(detection, tmp_path, monkeypatch):
     monkeypatch.setattr(detection, "RESULTS", tmp_path / "detection.csv")
-    assert detection.finished() == set()
+    assert detection.done(detection.RESULTS, *detection.KEY) == set()
     setting = detection.Setting(detection.Crowd(alpha=0.5))
     for seed, (tpr, backdoor) in enumerate([(1.0, 0.03), (0.5, 0.04), (0.5, 0.2)]):
         scores = {"crowd": (tpr, backdoor), "oracle": (1.0, 0.03)}
         detection.append(
+            detection.RESULTS,
             [
                 detection.flat(setting) | {"seed": seed, "rule": rule, "tpr": t, "tnr": 1, "main": 0.6, "backdoor": b}
                 for rule, (t, b) in scores.items()
-            ]
+            ],
         )
-    assert detection.finished() == {detection.key(detection.flat(setting) | {"seed": seed}) for seed in range(3)}
-    other = detection.key(detection.flat(detection.Setting()) | {"seed": 0})
-    assert other not in detection.finished(), "IID is another setting"
+    known = detection.done(detection.RESULTS, *detection.KEY)
+    assert known == {detection.key(setting, seed) for seed in range(3)}
+    assert detection.key(detection.Setting(), 0) not in known, "IID is another setting"
     crowd = detection.table(detection.results()).xs("crowd", level="rule").iloc[0]
     assert crowd["mean", "tpr"] == pytest.approx(2 / 3, abs=1e-3)
     assert crowd["", "harmless"] == 1, "let in twice, once to no effect"
