@@ -22,7 +22,7 @@ import openfl
 import pandas as pd
 import psutil
 import torch
-from common import ROOT, load_experiment
+from common import ROOT, append, done, load_experiment
 from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
@@ -142,15 +142,12 @@ def measure(point: Point) -> dict:
 
 def run(repetitions: int) -> None:
     """Appends what is missing in the CSV, repetition after repetition."""
-    done = set()
-    if RESULTS.exists():
-        done = set(pd.read_csv(RESULTS)[["repetition", *asdict(points()[0])]].itertuples(index=False, name=None))
-    missing = [(r, p) for r in range(repetitions) for p in points() if (r, *asdict(p).values()) not in done]
+    known = done(RESULTS, "repetition", *asdict(points()[0]))
+    missing = [(r, p) for r in range(repetitions) for p in points() if (r, *asdict(p).values()) not in known]
     for repetition, point in tqdm(missing, desc="measurements"):
         command = [sys.executable, __file__, json.dumps(asdict(point))]
         answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-        row = pd.DataFrame([{"repetition": repetition} | asdict(point) | json.loads(answer)])
-        row.to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False)
+        append(RESULTS, [{"repetition": repetition} | asdict(point) | json.loads(answer)])
 
 
 def table() -> pd.DataFrame:
