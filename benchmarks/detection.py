@@ -360,14 +360,13 @@ def measure(trained: Trained, taken, tests) -> dict:
 
 def run(folder: Path, seeds, workers: int) -> None:
     """Appends what is missing in the CSV, crowd after crowd, a process and a thread each."""
-    images = load_images(folder)
-    for crowd in {(s.crowd.width, s.crowd.hidden): s.crowd for s in settings()}.values():
-        warm_model(images, crowd)
     known, missing = done(RESULTS, *KEY), {}
     for setting in settings():
         for seed in seeds:
             if key(setting, seed) not in known:
                 missing.setdefault((seed, setting.crowd), []).append(setting)
+    for crowd in {(crowd.width, crowd.hidden): crowd for _, crowd in missing}.values():
+        warm_model(load_images(folder), crowd)
     narrow_first = sorted(missing, key=lambda job: (job[1].width, job[0]))
     with ProcessPoolExecutor(workers) as pool:
         jobs = [pool.submit(rows_of, folder, crowd, seed, missing[seed, crowd]) for seed, crowd in narrow_first]
