@@ -91,12 +91,16 @@ TRIGGERS = {
 
 @dataclass(frozen=True)
 class Crowd:
-    """Participants who train from the same global model. `alpha` None is IID; `width` and `hidden` are the net's."""
+    """Participants who train from the same global model. `alpha` None is IID; `width` and `hidden` are the net's.
+
+    `round` counts from the warmed-up model; the rounds before averaged the honest models alone.
+    """
 
     participants: int = 10
     alpha: float | None = None
     width: int = 32
     hidden: int = 512
+    round: int = 1
 
 
 @dataclass(frozen=True)
@@ -251,15 +255,27 @@ class Trained:
 
     def __init__(self, images, crowd: Crowd, seed: int):
         self.crowd, self.seed, self.config = crowd, seed, config_of(crowd)
-        self.global_model = warm_model(images, crowd)
-        self.reference = self.global_model.state_dict()
         self.shares = shares(images, crowd, seed)
-        self.folder = CACHE / f"{crowd.participants}-{crowd.alpha or 'iid'}-{crowd.width}-{crowd.hidden}-{seed}"
+        name = f"{crowd.participants}-{crowd.alpha or 'iid'}-{crowd.width}-{crowd.hidden}-{seed}"
+        self.folder = CACHE / (name if crowd.round == 1 else f"{name}-round-{crowd.round}")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.global_model = warm_model(images, crowd) if crowd.round == 1 else self.later_model(images)
+        self.reference = self.global_model.state_dict()
+
+    def later_model(self, images):
+        """The global model after the rounds before this one."""
+        model, path = warm_model(images, self.crowd), self.folder / "global.safetensors"
+        if not path.exists():
+            before = Trained(images, replace(self.crowd, round=self.crowd.round - 1), self.seed)
+            honest = [before.state(Role(p)) for p in range(self.crowd.participants)]
+            save_atomically(experiment.fed_avg(honest), path)
+        model.load_state_dict(load_file(path))
+        return model
 
     def state(self, role: Role) -> dict:
-        name = f"{role.participant}-{role.trigger or 'honest'}-{role.pdr:g}"
-        state = self.cached(name, lambda: train_one(self.global_model, self.shares[role.participant], role, self.seed, self.config))
+        name, mine = f"{role.participant}-{role.trigger or 'honest'}-{role.pdr:g}", self.shares[role.participant]
+        number = self.seed + 1_000 * (self.crowd.round - 1)  # other batches and other poisoned images in every round
+        state = self.cached(name, lambda: train_one(self.global_model, mine, role, number, self.config))
         return state if role.scale == 1 else self.sent(scaled(state, self.reference, role.scale))
 
     def cached(self, name: str, train) -> dict:
