@@ -8,10 +8,12 @@ Needs `ca.crt`, `director.crt` and `director.key` in the certificates' folder; e
 import argparse
 import logging
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import yaml
 
+OPENFL = "1.9"  # its last release, which director/ and envoy/ mend
 KEYS = {"port": int, "envoy_health_check_period": int}
 
 
@@ -36,6 +38,8 @@ def main():
     parser.add_argument("config", type=Path, nargs="?", default=Path(__file__).with_name("director.yaml"))
     parser.add_argument("--certificates", type=Path, default=Path("certificates"))
     args = parser.parse_args()
+    if (found := version("openfl")) != OPENFL:
+        raise SystemExit(f"OpenFL {found} is installed here, and {OPENFL} is needed: pip install openfl=={OPENFL}")
     config = read_config(args.config)
     files = {part: (args.certificates / part).absolute() for part in ("ca.crt", "director.crt", "director.key")}
     for file in files.values():
@@ -51,7 +55,7 @@ def main():
         raise SystemExit(f"{args.config}: port: {error}") from None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        serve(args.config, config, files)
+        serve(config, files)
     except KeyboardInterrupt:
         os._exit(130)  # OpenFL's threads would go on
 

@@ -1,6 +1,6 @@
 """On a running federation: experiment after experiment, edited code, and errors that come back.
 
-python director/federation.py -- pytest tests/live
+python local/federation.py -- pytest tests/live
 """
 
 import ast
@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-import run  # noqa: E402
+from experimenter import run  # noqa: E402
 
 TINY = ["rounds=1", "local_epochs=1", "hidden=16"]
 
