@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from logging.handlers import QueueHandler
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -243,7 +244,8 @@ class Server(AggregatorGRPCServer):
         """Who calls; ends the call if it is nobody of this experiment, or calls too often at once."""
         name = common_name(context)
         if name not in self.calls:
-            log.warning("%s at %s asks for tasks and is not in this experiment", name or "somebody", context.peer())
+            place = unquote(context.peer())
+            log.warning("%s at %s calls the aggregator and is not in this experiment", name or "somebody", place)
             context.abort(grpc.StatusCode.PERMISSION_DENIED, f"{name} is not in this experiment")
         if not self.calls[name].acquire(blocking=False):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{name} has {AT_ONCE} calls open")

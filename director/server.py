@@ -4,14 +4,17 @@ import asyncio
 import importlib
 import json
 import logging
+import os
 import queue
 import socket
 import sys
+import threading
 import time
 import zipfile
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import unquote
 
 import grpc
 import yaml
@@ -46,19 +49,20 @@ class Door(DirectorGRPCServer):
     """The director's server: whoever calls is known by the certificate and answered in that name alone."""
 
     async def require(self, name: str, context) -> None:
-        """Ends the call unless it comes with this name's certificate, and from software that fits."""
-        caller = self.get_caller(context)
+        """Ends the call unless it comes from software that fits, and with this name's certificate."""
+        caller, place = self.get_caller(context), unquote(context.peer())
         await context.send_initial_metadata(tuple(OURS.items()))
-        if caller != name:
-            log.warning("%s at %s has called in the name of %r", caller or "somebody", context.peer(), name[:50])
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"this is for the certificate of {name} alone")
         said = {key: value for key, value in context.invocation_metadata() or () if key in OURS}
         if said != OURS:
             words = misfit(said)
             self.director.refused[caller] = words
-            log.warning("%s at %s is refused: %s", caller, context.peer(), words)
+            log.warning("%s at %s is refused: %s", caller or "somebody", place, words)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, words)
         self.director.refused.pop(caller, None)
+        if caller != name:
+            if name:  # and not just a greeting
+                log.warning("%s at %s has called in the name of %r", caller or "somebody", place, name[:50])
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"this is for the certificate of {name[:50]} alone")
 
     def get_caller(self, context) -> str:
         return common_name(context)
@@ -245,6 +249,37 @@ def load_flow(plan):
     importlib.invalidate_caches()
     module, _, name = plan.config["federated_flow"]["template"].rpartition(".")
     return getattr(importlib.import_module(module), name)()
+
+
+# --- What gRPC's core says ----------------------------------------------------------------------------------------
+
+HANDSHAKES = {
+    "CERTIFICATE_VERIFY_FAILED": "its certificate has expired or is not signed by our CA",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "it has no certificate",
+    "WRONG_VERSION_NUMBER": "it speaks no TLS",
+    "HTTP_REQUEST": "it speaks no TLS",
+}
+
+
+def translate_handshakes() -> None:
+    """From now on says in our words what gRPC's core writes to standard error when a handshake fails.
+
+    Whose it was gRPC tells nobody.
+    """
+    ours, (reading, writing) = os.fdopen(os.dup(2), "w", buffering=1), os.pipe()
+    os.dup2(writing, 2)
+    os.close(writing)
+    sys.stderr = ours
+
+    def read():
+        for line in os.fdopen(reading, errors="replace"):
+            if "Handshake failed" in line:
+                code = line.strip(" .\n").rpartition(":")[2]
+                log.warning("somebody was refused at the door: %s", HANDSHAKES.get(code, f"{code} in the handshake"))
+            else:
+                ours.write(line)
+
+    threading.Thread(target=read, daemon=True).start()
 
 
 # --- Ports --------------------------------------------------------------------------------------------------------

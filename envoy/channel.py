@@ -15,15 +15,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import NameOID
 
 PROTOCOL = 2  # of the contract between director and flow, see director/aggregator.py
-OPENFL = "1.9"  # its last release, which director/ and envoy/ mend
 OURS = (("protocol", str(PROTOCOL)), ("openfl", version("openfl")))  # what every call says of this machine
 CHANNEL = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-
-
-def check_openfl() -> None:
-    """`SystemExit` unless OpenFL is the release that is mended here."""
-    if (found := version("openfl")) != OPENFL:
-        raise SystemExit(f"OpenFL {found} is installed here, and {OPENFL} is needed: pip install openfl=={OPENFL}")
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ def signed(certificate, issuer) -> bool:
 
 
 def handshake(address: str, identity: Identity) -> None:
-    """Connects once and hears what the other side thinks of this certificate; gRPC tells neither.
+    """Connects once and hears what the other side thinks of this certificate, which gRPC does not tell.
 
     Raises: `ConnectionError` with one line.
     """
@@ -96,7 +89,7 @@ def handshake(address: str, identity: Identity) -> None:
             context.wrap_socket(plain, server_hostname=host) as secure,
         ):
             if not secure.recv(1):  # the verdict comes after the handshake, in TLS 1.3
-                raise ConnectionError(f"{address} hangs up on {identity.certificate}")
+                raise ConnectionError(f"{address} hangs up: it knows another CA than the one of {identity.certificate}")
     except ssl.SSLCertVerificationError as error:
         raise ConnectionError(
             f"{address} has no certificate that {identity.ca} vouches for: {error.verify_message}"
@@ -129,8 +122,18 @@ def open_channel(address: str, identity: Identity, **facts: str) -> grpc.Channel
     return grpc.secure_channel(address, credentials, options=CHANNEL)
 
 
-def check_answer(metadata) -> None:
-    """`ConnectionError` if the director that has answered with this metadata is of another version."""
-    said = dict(metadata or ())
+GREETING = "/openfl.experimental.workflow.director.Director/EnvoyConnectionRequest"
+
+
+def greet(address: str, identity: Identity) -> None:
+    """Tells the director what this machine has, and hears what the director has. Needs nothing of OpenFL.
+
+    Raises: `ConnectionError` with one line if the two do not go together.
+    """
+    with open_channel(address, identity) as channel:
+        call = channel.unary_unary(GREETING).future(b"")  # in nobody's name
+        said, code, words = dict(call.initial_metadata() or ()), call.code(), call.details()
+    if code is not grpc.StatusCode.PERMISSION_DENIED:
+        raise ConnectionError(f"the director at {address} refuses: {words}")
     if odd := [f"{key} {said.get(key, 'unknown')}, not {ours}" for key, ours in OURS if said.get(key) != ours]:
-        raise ConnectionError(f"the director has {' and '.join(odd)}: update the older of the two, and restart it")
+        raise ConnectionError(f"the director at {address} has {' and '.join(odd)}: update the older of the two")

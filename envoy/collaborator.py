@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import grpc
-from channel import PROTOCOL, Identity, check_answer, open_channel
+from channel import PROTOCOL, Identity, open_channel
 from openfl.experimental.workflow.component.envoy import envoy
 from openfl.experimental.workflow.federated import Plan
 from openfl.experimental.workflow.protocols import aggregator_pb2, aggregator_pb2_grpc, director_pb2, director_pb2_grpc
@@ -115,11 +115,9 @@ class DirectorClient(EnvoyDirectorClient):
     def connect_envoy(self, envoy_name):
         request = director_pb2.SendConnectionRequest(envoy_name=envoy_name)
         try:
-            answer, call = self.stub.EnvoyConnectionRequest.with_call(request)
+            return self.stub.EnvoyConnectionRequest(request).accepted
         except grpc.RpcError as error:
             raise ConnectionError(error.details()) from None
-        check_answer(call.initial_metadata())
-        return answer.accepted
 
     def get_experiment_data(self, experiment_name):
         return list(super().get_experiment_data(experiment_name))

@@ -22,7 +22,6 @@ def main():
     import channel
     import private_attributes
 
-    channel.check_openfl()
     settings = private_attributes.read_settings(args.settings)
     mine = settings.model_dump(exclude={"director"})
     if folder := settings.data.folder:  # the current folder is another one in every experiment
@@ -32,6 +31,7 @@ def main():
         bring()
         identity = channel.Identity.of(settings.name, args.certificates)
         channel.handshake(settings.director, identity)
+        channel.greet(settings.director, identity)
     except ConnectionError as error:
         raise SystemExit(f"{args.settings}: director: {error}") from None
     except ValueError as error:

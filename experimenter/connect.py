@@ -12,7 +12,7 @@ from openfl.experimental.workflow.protocols import director_pb2, director_pb2_gr
 from openfl.experimental.workflow.runtime import FederatedRuntime
 from openfl.experimental.workflow.transport.grpc.director_client import RuntimeDirectorClient
 
-from envoy.channel import Identity, check_answer, check_openfl, handshake, open_channel
+from envoy.channel import Identity, greet, handshake, open_channel
 from experimenter.export import export_workspace
 from experimenter.heartbeat import heartbeat, log
 
@@ -29,7 +29,6 @@ def identity() -> Identity:
 
     Raises: `ConnectionError` with one line.
     """
-    check_openfl()
     try:
         return Identity.of("experimenter", CERTIFICATES)
     except ValueError as error:
@@ -40,6 +39,7 @@ def assert_director() -> None:
     """`ConnectionError` with one line if there is no director that would talk to us."""
     try:
         handshake(DIRECTOR, identity())
+        greet(DIRECTOR, identity())
     except ConnectionError as error:
         raise ConnectionError(str(error) if HOW in str(error) else f"no director: {error}. {HOW}") from None
 
@@ -63,9 +63,7 @@ class DirectorClient(RuntimeDirectorClient):
         self.stub = director_pb2_grpc.DirectorStub(open_channel(DIRECTOR, identity))
 
     def get_envoys(self):
-        answer, call = self.stub.GetEnvoys.with_call(director_pb2.GetEnvoysRequest())
-        check_answer(call.initial_metadata())
-        return answer
+        return self.stub.GetEnvoys(director_pb2.GetEnvoysRequest())
 
     def get_flow_state(self, name: str) -> State:
         """What came of the experiment: a message of JSON, then the model in pieces."""
