@@ -12,9 +12,9 @@ ENVOY        ?=
 RESULTS      ?= results
 
 BIN        := .venv/bin
-FEDERATION := $(BIN)/python director/federation.py --participants $(PARTICIPANTS) --malicious $(MALICIOUS) \
+FEDERATION := $(BIN)/python local/federation.py --participants $(PARTICIPANTS) --malicious $(MALICIOUS) \
               $(foreach change,$(ENVOY),--set $(change))
-NOTEBOOK   := $(BIN)/python run.py --config $(CONFIG) --results $(RESULTS) $(foreach change,$(SET),--set $(change))
+NOTEBOOK   := $(BIN)/python experimenter/run.py --config $(CONFIG) --results $(RESULTS) $(foreach change,$(SET),--set $(change))
 
 .PHONY: run export test lint clean
 
@@ -30,7 +30,7 @@ lint: .venv/ready
 
 test: lint
 	$(BIN)/pytest
-	$(BIN)/python director/federation.py -- $(BIN)/pytest --nbmake --nbmake-timeout=900 tests/live FederatedCrowdGuard.ipynb
+	$(BIN)/python local/federation.py -- $(BIN)/pytest --nbmake --nbmake-timeout=900 tests/live FederatedCrowdGuard.ipynb
 
 .venv/ready: requirements.txt envoy/requirements.txt
 	$(PYTHON) -m venv .venv

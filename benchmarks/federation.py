@@ -50,8 +50,8 @@ def options(changes: dict) -> list[str]:
 def history_of(folder: Path, dtype: str) -> tuple[dict, float]:
     """Runs the notebook on a federation of its own; returns what it writes, and the peak of memory in GB."""
     with tempfile.TemporaryDirectory() as results:
-        notebook = [sys.executable, "run.py", "--config", "published", "--results", results]
-        launch = [sys.executable, "director/federation.py", *options(ENVOYS | {"data.folder": folder})]
+        notebook = [sys.executable, "experimenter/run.py", "--config", "published", "--results", results]
+        launch = [sys.executable, "local/federation.py", *options(ENVOYS | {"data.folder": folder})]
         command = [*launch, "--", *notebook, *options(CONFIG | {"update_dtype": dtype})]
         tree = Tree()
         tree.start()

@@ -1,6 +1,8 @@
 """Certificates for a federation: a CA of its own, one certificate each for director, experimenter and participants.
 
     python director/certificates.py --director director.example.org Amsterdam Bangalore Chandler Detroit
+    python director/certificates.py --list
+    python director/certificates.py --renew Amsterdam
 
 writes `certificates/{ca,director,experimenter,Amsterdam,...}.{crt,key}`. Hand every participant `ca.crt` and its own
 two files over a channel you trust; `ca.key` stays here. Participants who come later are added by calling it again.
@@ -17,6 +19,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+CLOCKS_DIFFER = datetime.timedelta(minutes=5)
 
 
 def write_private(path: Path, key) -> None:
@@ -35,7 +39,7 @@ def issue(name: str, key, issuer_name, issuer_key, days: int, extensions) -> x50
         .issuer_name(issuer_name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(minutes=5))  # clocks differ a little
+        .not_valid_before(now - CLOCKS_DIFFER)
         .not_valid_after(now + datetime.timedelta(days=days))
     )
     for extension, critical in extensions:
@@ -54,6 +58,7 @@ def alternative_name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
+OURS = ("ca", "director", "experimenter", "aggregator")  # names that no participant may have
 CA_DAYS = 3650  # what it signs ends sooner and can be made anew; a new CA means new files for everybody
 
 
@@ -96,19 +101,23 @@ def director_of(folder: Path) -> str:
 
 
 def check_name(name: str) -> None:
-    """`SystemExit` if no envoy may have the name: the last three are not participants' to have."""
-    if not re.fullmatch(r"[A-Za-z][\w-]*", name) or name in ("ca", "director", "experimenter"):
-        raise SystemExit(f"{name!r} cannot be a participant: a name is letters, digits, - and _, and not one of ours")
+    """`SystemExit` if no envoy may have the name."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", name) or name in OURS:
+        raise SystemExit(f"{name!r} cannot be a participant: at most 64 letters, digits, - and _, and not {OURS}")
 
 
-def make_certificates(folder: Path, director: str | None, participants: list[str], days: int = 365) -> None:
+def make_certificates(
+    folder: Path, director: str | None, participants: list[str], days: int = 365, renew: tuple[str, ...] = ()
+) -> None:
     """Writes what is not there yet or has expired: `director`, `experimenter` and every participant, and a CA if there
     is none.
 
     Args:
         director: host name or address under which the director is reached; None if that shall stay as it is.
-        participants: envoy names; OpenFL compares them with the certificates' common names.
+        participants: envoy names, which are the certificates' common names.
+        renew: whose key and certificate are made anew though they are good.
     """
+    participants = [*participants, *(name for name in renew if name not in ("director", "experimenter"))]
     for name in participants:
         check_name(name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +127,7 @@ def make_certificates(folder: Path, director: str | None, participants: list[str
     hosts = dict.fromkeys([director, "localhost", "127.0.0.1"])
     server = x509.SubjectAlternativeName([alternative_name(host) for host in hosts])
     for file, name in [("director", director), ("experimenter", "experimenter"), *((p, p) for p in participants)]:
-        if still_good(folder / f"{file}.crt", name):
+        if file not in renew and still_good(folder / f"{file}.crt", name):
             continue
         key = ec.generate_private_key(ec.SECP256R1())
         identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
@@ -129,15 +138,36 @@ def make_certificates(folder: Path, director: str | None, participants: list[str
         (folder / f"{file}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
+def show_certificates(folder: Path) -> str:
+    """A line for each certificate in the folder: its name, how long it is good, and its fingerprint."""
+    lines = []
+    for path in sorted(folder.glob("*.crt")):
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        name = certificate.subject.rfc4514_string().removeprefix("CN=")
+        end = certificate.not_valid_after_utc
+        left = (end - datetime.datetime.now(datetime.UTC)).days
+        word = f"{left} days left" if left >= 0 else "EXPIRED"
+        digest = certificate.fingerprint(hashes.SHA256()).hex(":")[:23]
+        lines.append(f"{path.name:24} {name:24} until {end:%Y-%m-%d}, {word:14} SHA-256 {digest}...")
+    return "\n".join(lines) or f"there are no certificates in {folder}"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("participants", nargs="+", help="envoy names")
+    parser.add_argument("participants", nargs="*", help="envoy names")
+    parser.add_argument("--list", action="store_true", help="show the certificates that are there")
+    parser.add_argument("--renew", action="append", default=[], metavar="NAME", help="make key and certificate anew")
     parser.add_argument("--director", help="host name or address of its machine; as before, or localhost")
     parser.add_argument("--folder", type=Path, default=Path("certificates"))
     parser.add_argument("--days", type=int, default=365)
     args = parser.parse_args()
-    make_certificates(args.folder, args.director, args.participants, args.days)
-    names = [director_of(args.folder), "experimenter", *args.participants]
+    if args.list:
+        print(show_certificates(args.folder))
+        return
+    if not (args.participants or args.renew):
+        parser.error("whose certificates? Name participants, or use --list or --renew NAME")
+    make_certificates(args.folder, args.director, args.participants, args.days, tuple(args.renew))
+    names = [director_of(args.folder), "experimenter", *args.participants, *args.renew]
     print(f"certificates for {', '.join(names)} are in {args.folder}")
 
 

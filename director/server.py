@@ -1,110 +1,292 @@
 """OpenFL's director, which knows certificates by name and goes on after an experiment that it cannot run."""
 
 import asyncio
+import importlib
+import json
 import logging
+import os
 import queue
 import socket
 import sys
+import threading
 import time
 import zipfile
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
+from urllib.parse import unquote
 
 import grpc
 import yaml
+from aggregator import CHANNEL, CHUNK, PROTOCOL, Aggregator, Server, State, common_name, told
+from grpc import aio
 from openfl.experimental.workflow.component.director import director, experiment
+from openfl.experimental.workflow.federated import Plan
+from openfl.experimental.workflow.protocols import director_pb2, director_pb2_grpc
 from openfl.experimental.workflow.transport import DirectorGRPCServer
+from openfl.protocols import base_pb2
 
 log = logging.getLogger(__name__)
 
+POLL = 0.2  # seconds
+GOODBYE = 30  # seconds in which participants may ask whether it is over, before the next experiment starts without it
+KEPT = 4  # results of so many experiments can still be fetched
+OURS = {"protocol": str(PROTOCOL), "openfl": version("openfl")}  # what everybody who calls says of itself
 
-class Gate(DirectorGRPCServer):
-    """The director's server, which lets nobody pass for somebody else: OpenFL looks at no certificate's name."""
 
-    async def require(self, name, context):
-        if self.get_caller(context) != name:
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"this is for the certificate of {name} alone")
+async def until(condition, seconds: float = float("inf")) -> bool:
+    """Waits until the condition holds; returns whether it does when the time is up."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        await asyncio.sleep(POLL)
+    return condition()
 
-    async def EnvoyConnectionRequest(self, request, context):
+
+# --- The door -----------------------------------------------------------------------------------------------------
+
+
+class Door(DirectorGRPCServer):
+    """The director's server: whoever calls is known by the certificate and answered in that name alone."""
+
+    async def require(self, name: str, context) -> None:
+        """Ends the call unless it comes from software that fits, and with this name's certificate."""
+        caller, place = self.get_caller(context), unquote(context.peer())
+        await context.send_initial_metadata(tuple(OURS.items()))
+        said = {key: value for key, value in context.invocation_metadata() or () if key in OURS}
+        if said != OURS:
+            words = misfit(said)
+            self.director.refused[caller] = words
+            log.warning("%s at %s is refused: %s", caller or "somebody", place, words)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, words)
+        self.director.refused.pop(caller, None)
+        if caller != name:
+            if name:  # and not just a greeting
+                log.warning("%s at %s has called in the name of %r", caller or "somebody", place, name[:50])
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"this is for the certificate of {name[:50]} alone")
+
+    def get_caller(self, context) -> str:
+        return common_name(context)
+
+    async def EnvoyConnectionRequest(self, request, context):  # noqa: N802
         await self.require(request.envoy_name, context)
         return super().EnvoyConnectionRequest(request, context)
 
-    async def SetNewExperiment(self, stream, context):
+    async def UpdateEnvoyStatus(self, request, context):  # noqa: N802
+        await self.require(request.name, context)
+        return await super().UpdateEnvoyStatus(request, context)
+
+    async def WaitExperiment(self, request, context):  # noqa: N802
+        await self.require(request.collaborator_name, context)
+        return await super().WaitExperiment(request, context)
+
+    async def GetExperimentData(self, request, context):  # noqa: N802
+        await self.require(request.collaborator_name, context)
+        known = self.director.experiments_registry.get(request.experiment_name)
+        if known is None or request.collaborator_name not in known.collaborators or not known.archive_path.exists():
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such experiment, or not yours, or it is over")
+        async for part in super().GetExperimentData(request, context):
+            yield part
+
+    async def GetEnvoys(self, request, context):  # noqa: N802
+        await self.require("experimenter", context)
+        answer = await super().GetEnvoys(request, context)
+        refused = self.director.refused.items()
+        answer.envoy_infos.extend(director_pb2.EnvoyInfo(envoy_name=n, experiment_name=words) for n, words in refused)
+        return answer
+
+    async def SetNewExperiment(self, stream, context):  # noqa: N802
         await self.require("experimenter", context)
         return await super().SetNewExperiment(stream, context)
 
-    async def GetFlowState(self, request, context):
+    async def GetExperimentStdout(self, request, context):  # noqa: N802
         await self.require("experimenter", context)
-        return await super().GetFlowState(request, context)
+        await self.find(request.experiment_name, context)
+        async for line in super().GetExperimentStdout(request, context):
+            yield line
+
+    async def GetFlowState(self, request, context):  # noqa: N802
+        """The state of the experiment that the metadata names: first a message of JSON, then the model's bytes."""
+        await self.require("experimenter", context)
+        known = await self.find(dict(context.invocation_metadata()).get("experiment", ""), context)
+        await until(lambda: known.state)
+        model, head = known.state.model, asdict(known.state) | {"model": len(known.state.model)}
+        await context.write(base_pb2.DataStream(npbytes=json.dumps(head).encode()))
+        for begin in range(0, len(model), CHUNK // 2):
+            await context.write(base_pb2.DataStream(npbytes=model[begin : begin + CHUNK // 2]))
+
+    async def find(self, name: str, context):
+        if known := self.director.experiments_registry.get(name):
+            return known
+        return await context.abort(
+            grpc.StatusCode.NOT_FOUND, f"there is no experiment {name}: was the director restarted?"
+        )
+
+    async def _run_server(self):
+        key, certificate, root = (f.read_bytes() for f in (self.private_key, self.certificate, self.root_certificate))
+        self.server = aio.server(options=CHANNEL)
+        director_pb2_grpc.add_DirectorServicer_to_server(self, self.server)
+        credentials = grpc.ssl_server_credentials(((key, certificate),), root, require_client_auth=True)
+        self.server.add_secure_port(self.listen_uri, credentials)
+        await self.server.start()
+        log.info("Listening on %s", self.listen_uri)
+        await self.server.wait_for_termination()
+
+
+def misfit(said: dict) -> str:
+    """Why software that says this of itself does not fit."""
+    differing = [f"{key} {said.get(key, 'unknown')}, not {ours}" for key, ours in OURS.items() if said.get(key) != ours]
+    return f"it has {' and '.join(differing)}, which the director has: update the older of the two and restart it"
+
+
+# --- Experiments --------------------------------------------------------------------------------------------------
+
+
+class Director(director.Director):
+    """Runs one experiment after the other and keeps what came of the last ones."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.refused = {}  # certificate's name → why; who comes again with the right software is not in it any more
+
+    async def set_new_experiment(self, experiment_name, sender_name, collaborator_names, experiment_archive_path):
+        added = Experiment(
+            name=experiment_name, archive_path=experiment_archive_path, collaborators=list(collaborator_names),
+            users=[sender_name], sender=sender_name,
+        )  # fmt: skip
+        registry = self.experiments_registry
+        if before := len(registry.pending) + (registry.active is not None):
+            added.said.put(told(f"{before} experiment(s) before this one; it waits for its turn"))
+        registry.add(added)
+        return True
+
+    async def start_experiment_execution_loop(self):
+        registry, ended = self.experiments_registry, []
+        while True:
+            await until(lambda: registry.pending)
+            async with registry.get_next_experiment() as current:
+                files = (self.root_certificate, self.certificate, self.private_key)
+                await current.start(**dict(zip(("root_certificate", "certificate", "private_key"), files, strict=True)))
+                ended.append(current.name)
+            for name in ended[:-KEPT]:
+                registry.remove(name)
+            ended = ended[-KEPT:]
+
+    async def wait_experiment(self, envoy_name):
+        """The name of the experiment that runs with this envoy, as soon as there is one; also if it has left it."""
+        await until(lambda: (active := self.experiments_registry.active) and active.wants(envoy_name))
+        name = self.col_exp[envoy_name] = self.experiments_registry.active.name
+        return name
+
+    async def stream_experiment_stdout(self, experiment_name, caller):
+        known = self.experiments_registry[experiment_name]
+        while not (known.state and known.said.empty()):
+            if known.said.empty():
+                await asyncio.sleep(POLL)
+            else:
+                yield known.said.get()
 
 
 class Experiment(experiment.Experiment):
-    """One that cannot be run ends with a flow state that says why. OpenFL's ends the director's loop, and the notebook
-    waits for ever."""
+    """One that cannot be run ends with a state that says why. OpenFL's ends the director's loop, and the notebook waits
+    for ever."""
 
-    async def start(self, **kwargs):
-        ticket = None
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.state, self.said = None, queue.Queue()
+
+    def wants(self, participant: str) -> bool:
+        """Whether the participant should come: it is one, and has not been told that it is over."""
+        return participant in self.collaborators and self.aggregator is not None and not self.aggregator.time_to_quit
+
+    async def start(self, **certificates) -> None:
         try:
-            forget_last_code()
             plan = self.plan()
-            ticket = plan["federated_flow"]["settings"]["ticket"]  # by which the notebook knows its own experiment
+            check_protocol(plan)
             await until_free(plan["network"]["settings"]["agg_port"])
-            return await super().start(**kwargs)
+            await super().start(**certificates, install_requirements=False)  # nor are this machine's packages changed
+            self.state = self.updated_flow
         except (Exception, SystemExit) as error:  # its code may call exit
             log.exception("%s could not be run", self.name)
-            self.status, self.aggregator = experiment.Status.FAILED, NoAggregator()
+            self.status = experiment.Status.FAILED
             words = f"the director could not run the experiment: {type(error).__name__}: {error}"
-            return False, SimpleNamespace(ticket=ticket, history=[], error=words)
+            self.state = State(error=words)
 
     def plan(self) -> dict:
         with zipfile.ZipFile(self.archive_path) as archive:
             return yaml.safe_load(archive.read(str(self.plan_path)))
 
-
-def forget_last_code() -> None:
-    """The package `src` is another one in every experiment, in another folder."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "src"]:
-        del sys.modules[name]
-
-
-class NoAggregator:
-    """What the notebook reads from when there is nothing to read, and envoys ask whether they are late."""
-
-    current_round = rounds_to_train = 0
-
-    def __init__(self):
-        self.stdout_queue = queue.Queue()
-
-    def all_quit_jobs_sent(self):
-        return True
-
-
-class Director(director.Director):
-    """Tells envoys of an experiment when it runs, and not of those that could not be run or are over."""
-
-    async def wait_experiment(self, envoy_name):
-        while True:
-            name = await super().wait_experiment(envoy_name)
-            known = self.experiments_registry[name]
-            while not known.aggregator:
-                await asyncio.sleep(0.1)
-            if known.status is experiment.Status.IN_PROGRESS:
-                return name
-
-
-class ShortNaps:
-    """asyncio for OpenFL's director, which looks every ten seconds whether an experiment has come or ended."""
-
-    def __getattr__(self, name):
-        return getattr(asyncio, name)
+    def _create_aggregator_grpc_server(self, *, tls, director_config, **certificates):
+        plan = Plan.parse(plan_config_path=self.plan_path)
+        aggregator = Aggregator(load_flow(plan), self.collaborators, plan)
+        aggregator.stdout_queue = self.said
+        server = Server(aggregator, plan.config["network"]["settings"]["agg_port"], certificates)
+        server.bind()  # before the flow begins: a port that is taken is an error of its own
+        return server
 
     @staticmethod
-    async def sleep(seconds):
-        await asyncio.sleep(min(seconds, 1))
+    async def _run_aggregator_grpc_server(aggregator_grpc_server):
+        aggregator, server = aggregator_grpc_server.aggregator, aggregator_grpc_server.server
+        server.start()
+        try:
+            await until(lambda: aggregator.time_to_quit)
+            if await until(aggregator.all_quit_jobs_sent, GOODBYE):
+                await asyncio.sleep(1)  # the last one is just being told
+        finally:
+            server.stop(0)
+
+
+def check_protocol(plan: dict) -> None:
+    """`ValueError` if the experiment was made for another protocol than this director's."""
+    number = (plan.get("contract") or {}).get("protocol")
+    if number != PROTOCOL:
+        raise ValueError(f"the notebook speaks protocol {number}, the director {PROTOCOL}: update the older of the two")
+
+
+def load_flow(plan):
+    """The flow of the experiment whose workspace is the current folder, from its own `src`: each has another one."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "src"]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    module, _, name = plan.config["federated_flow"]["template"].rpartition(".")
+    return getattr(importlib.import_module(module), name)()
+
+
+# --- What gRPC's core says ----------------------------------------------------------------------------------------
+
+HANDSHAKES = {
+    "CERTIFICATE_VERIFY_FAILED": "its certificate has expired or is not signed by our CA",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "it has no certificate",
+    "WRONG_VERSION_NUMBER": "it speaks no TLS",
+    "HTTP_REQUEST": "it speaks no TLS",
+}
+
+
+def translate_handshakes() -> None:
+    """From now on says in our words what gRPC's core writes to standard error when a handshake fails.
+
+    Whose it was gRPC tells nobody.
+    """
+    ours, (reading, writing) = os.fdopen(os.dup(2), "w", buffering=1), os.pipe()
+    os.dup2(writing, 2)
+    os.close(writing)
+    sys.stderr = ours
+
+    def read():
+        for line in os.fdopen(reading, errors="replace"):
+            if "Handshake failed" in line:
+                code = line.strip(" .\n").rpartition(":")[2]
+                log.warning("somebody was refused at the door: %s", HANDSHAKES.get(code, f"{code} in the handshake"))
+            else:
+                ours.write(line)
+
+    threading.Thread(target=read, daemon=True).start()
+
+
+# --- Ports --------------------------------------------------------------------------------------------------------
 
 
 def check_port(port: int) -> None:
-    """Raises `OSError` if the port is in use: gRPC would share it with its owner."""
+    """Raises `OSError` if the port is in use."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -122,24 +304,18 @@ async def until_free(port: int, patience: float = 5) -> None:
         except OSError:
             if time.monotonic() > deadline:
                 raise
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(POLL)
 
 
-def serve(path: Path, config: dict, files: dict[str, Path]) -> None:
-    """Runs until it is interrupted. `path` is the file that holds the config, `files` part → certificate or key."""
-    # It says every second what it waits for; the experiment itself says so every ten.
-    logging.getLogger("openfl.experimental.workflow.component.aggregator").setLevel(logging.WARNING)
-    director.asyncio = experiment.asyncio = ShortNaps()
-    director.Experiment = Experiment
-    server = Gate(
+def serve(config: dict, files: dict[str, Path]) -> None:
+    """Runs until it is interrupted. `files` is part → certificate or key."""
+    server = Door(
         director_cls=Director,
-        director_config=path.absolute(),
         root_certificate=files["ca.crt"],
         certificate=files["director.crt"],
         private_key=files["director.key"],
         listen_host="[::]" if socket.has_dualstack_ipv6() else "0.0.0.0",
         listen_port=config["port"],
         envoy_health_check_period=config["envoy_health_check_period"],
-        install_requirements=False,  # an experiment does not change this machine's packages
     )
     server.start()

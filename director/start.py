@@ -8,10 +8,14 @@ Needs `ca.crt`, `director.crt` and `director.key` in the certificates' folder; e
 import argparse
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
+import grpc
 import yaml
 
+OPENFL = "1.9"  # its last release, which director/ and envoy/ mend
 KEYS = {"port": int, "envoy_health_check_period": int}
 
 
@@ -31,6 +35,29 @@ def read_config(path: Path) -> dict:
     return config
 
 
+class Refusal(grpc.GenericRpcHandler):
+    """Answers every call with the same words."""
+
+    def __init__(self, words: str):
+        self.words = words
+
+    def service(self, details):
+        def refuse(request, context):
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.words)
+
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+def refuse(port: int, files: dict[str, Path], words: str) -> None:
+    """Tells whoever calls that there can be no director, until it is interrupted: the notebook is elsewhere."""
+    root, certificate, key = (path.read_bytes() for path in files.values())
+    server = grpc.server(ThreadPoolExecutor(4), handlers=[Refusal(words)])
+    server.add_secure_port(f"[::]:{port}", grpc.ssl_server_credentials(((key, certificate),), root, True))
+    server.start()
+    print(words, flush=True)
+    server.wait_for_termination()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path, nargs="?", default=Path(__file__).with_name("director.yaml"))
@@ -41,17 +68,22 @@ def main():
     for file in files.values():
         if not file.exists():
             raise SystemExit(f"{file} is missing: python director/certificates.py makes it")
+    if (found := version("openfl")) != OPENFL:
+        refuse(
+            config["port"], files, f"the director has OpenFL {found} and needs {OPENFL}: pip install openfl=={OPENFL}"
+        )
     os.environ.setdefault("METAFLOW_USER", "director")  # metaflow fails without a user name
 
-    from server import check_port, serve
+    from server import check_port, serve, translate_handshakes
 
     try:
         check_port(config["port"])
     except OSError as error:
         raise SystemExit(f"{args.config}: port: {error}") from None
+    translate_handshakes()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        serve(args.config, config, files)
+        serve(config, files)
     except KeyboardInterrupt:
         os._exit(130)  # OpenFL's threads would go on
 

@@ -4,8 +4,6 @@ OpenFL calls `participant` once per experiment; what it returns never leaves thi
 Images are float tensors `(N, 3, 32, 32)`: pixels in [0, 1] until `as_loader` normalises them; labels are int64 `(N,)`.
 """
 
-import importlib
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -270,13 +268,6 @@ def pick_device(name: str) -> str:
     return name
 
 
-def run_new_code():
-    """Makes this envoy import the experiment that was just sent, not the one it ran before."""
-    for module in [m for m in sys.modules if m == "src" or m.startswith("src.")]:
-        del sys.modules[module]
-    importlib.invalidate_caches()
-
-
 def participant(name: str, data: dict, backdoor_target: int = 2, attack: dict | None = None, device: str = "auto"):
     """The private attributes of one participant.
 
@@ -286,7 +277,6 @@ def participant(name: str, data: dict, backdoor_target: int = 2, attack: dict | 
 
     Raises: `ValueError` that begins with the key at fault.
     """
-    run_new_code()
     data = Data.model_validate(data)
     train, test = (shard(data, train, backdoor_target) for train in (True, False))
     others = test[1] != backdoor_target

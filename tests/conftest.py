@@ -13,6 +13,9 @@ sys.path.insert(0, str(ROOT))
 
 
 def load_module(name: str, path: Path):
+    """The module in a file, which may import those beside it."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

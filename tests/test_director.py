@@ -10,13 +10,8 @@ from conftest import ROOT, load_module
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """Our director, OpenFL's with our kind of experiment."""
-    module = load_module("server", ROOT / "director" / "server.py")
-    monkeypatch.setattr(module.director, "Experiment", module.Experiment)
-    monkeypatch.setattr(module.director, "asyncio", module.ShortNaps())
-    monkeypatch.setattr(module.experiment, "asyncio", module.ShortNaps())
-    return module
+def server():
+    return load_module("server", ROOT / "director" / "server.py")
 
 
 @pytest.fixture
@@ -26,17 +21,13 @@ def port():
         return probe.getsockname()[1]
 
 
-def archive(folder, name: str, code: str, port: int):
+def archive(folder, name: str, code: str, port: int, protocol: int = 2):
     """What the notebook sends: a plan, and code."""
-    settings = {"ticket": f"ticket of {name}", "checkpoint": False}
     plan = {
-        "aggregator": {
-            "defaults": "",
-            "template": "openfl.experimental.workflow.component.Aggregator",
-            "settings": {"rounds_to_train": 1},
-        },
-        "federated_flow": {"template": "src.experiment.Flow", "settings": settings},
+        "aggregator": {"defaults": "", "template": "", "settings": {"rounds_to_train": 1}},
+        "federated_flow": {"template": "src.experiment.Flow", "settings": {}},
         "network": {"settings": {"agg_addr": "localhost", "agg_port": port}},
+        "contract": {"protocol": protocol},
     }
     with zipfile.ZipFile(folder / f"{name}.zip", "w") as file:
         file.writestr("plan/plan.yaml", yaml.safe_dump(plan))
@@ -45,18 +36,20 @@ def archive(folder, name: str, code: str, port: int):
     return folder / f"{name}.zip"
 
 
-def flow_states(server, archives) -> list:
-    """What the notebook would receive for each of these, sent one after another."""
+def states_of(server, archives) -> list:
+    """What the notebook would receive for each of these, sent at once, and what it would be told."""
 
     async def play():
-        director = server.Director(tls=False, install_requirements=False)
+        director = server.Director(tls=False)
         director.ack_envoy_connection_request("Amsterdam")
         loop = asyncio.ensure_future(director.start_experiment_execution_loop())
-        states = []
         for path in archives:
             await director.set_new_experiment(path.stem, "experimenter", ["Amsterdam"], path)
+        states = []
+        for path in archives:
             said = [line async for line in director.stream_experiment_stdout(path.stem, "experimenter")]
-            states.append((await director._flow_status.get(), said))
+            texts = [line["stdout_value"] for line in said]
+            states.append((director.experiments_registry[path.stem].state, texts))
         with pytest.raises(TimeoutError):  # nobody is sent to an aggregator that is not there
             await asyncio.wait_for(director.wait_experiment("Amsterdam"), timeout=1)
         assert not loop.done()
@@ -78,11 +71,10 @@ def test_an_experiment_that_cannot_be_loaded_is_reported_and_the_next_one_is_tak
     server, tmp_path, monkeypatch, port, code, words
 ):
     monkeypatch.chdir(tmp_path)
-    states = flow_states(server, [archive(tmp_path, name, code, port) for name in ("first", "second")])
-    for name, ((finished, state), said) in zip(("first", "second"), states, strict=True):
-        assert not finished and said == []
-        assert state.ticket == f"ticket of {name}"
+    states = states_of(server, [archive(tmp_path, name, code, port) for name in ("first", "second")])
+    for state, _ in states:
         assert "the director could not run the experiment" in state.error and words in state.error
+    assert "before this one; it waits for its turn" in states[1][1][0], "the second is told so"
 
 
 def test_a_taken_port_is_named(server, tmp_path, monkeypatch):
@@ -91,5 +83,34 @@ def test_a_taken_port_is_named(server, tmp_path, monkeypatch):
         owner.bind(("", 0))
         owner.listen()
         taken = owner.getsockname()[1]
-        [((finished, state), _)] = flow_states(server, [archive(tmp_path, "only", "", taken)])
-    assert not finished and f"port {taken} cannot be used" in state.error
+        [(state, _)] = states_of(server, [archive(tmp_path, "only", "", taken)])
+    assert f"port {taken} cannot be used" in state.error
+
+
+@pytest.mark.parametrize("protocol", [1, 3, None, "2"])
+def test_a_notebook_of_another_protocol_is_refused_in_one_line(server, tmp_path, monkeypatch, port, protocol):
+    monkeypatch.chdir(tmp_path)
+    [(state, _)] = states_of(server, [archive(tmp_path, "only", "raise SystemExit('must not run')", port, protocol)])
+    assert f"the notebook speaks protocol {protocol}, the director 2" in state.error
+    assert len(state.error.splitlines()) == 1
+
+
+def test_the_last_results_are_kept_and_older_ones_go(server, tmp_path, monkeypatch, port):
+    """A notebook that comes late gets its own result, whatever others have left behind."""
+    monkeypatch.chdir(tmp_path)
+
+    async def play():
+        director = server.Director(tls=False)
+        loop = asyncio.ensure_future(director.start_experiment_execution_loop())
+        names = [f"run{i}" for i in range(server.KEPT + 2)]
+        for name in names:
+            path = archive(tmp_path, name, f"raise ValueError({name!r})", port)
+            await director.set_new_experiment(name, "experimenter", [], path)
+        known = director.experiments_registry
+        await server.until(lambda: names[0] not in known and names[1] not in known, 30)
+        loop.cancel()
+        return {name: known[name].state.error for name in names if name in known}
+
+    errors = asyncio.run(play())
+    assert list(errors) == [f"run{i}" for i in range(2, server.KEPT + 2)]
+    assert all(f"ValueError: {name}" in error for name, error in errors.items())

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from envoy.channel import PROTOCOL
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -25,10 +27,19 @@ def test_the_exported_module_imports_without_network_and_writes_nothing(exported
 def test_export_writes_plan_code_and_requirements(tmp_path, monkeypatch):
     workspace = tmp_path / "generated_workspace"
     monkeypatch.setenv("CROWDGUARD_WORKSPACE", str(workspace))
-    command = [sys.executable, ROOT / "run.py", "--export", "--config", "published", "--set", "rounds=3"]
+    command = [
+        sys.executable,
+        ROOT / "experimenter" / "run.py",
+        "--export",
+        "--config",
+        "published",
+        "--set",
+        "rounds=3",
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     plan = yaml.safe_load((workspace / "plan" / "plan.yaml").read_text())
-    assert plan["federated_flow"] == {"template": "src.experiment.FederatedCrowdGuard", "settings": {"ticket": ""}}
+    assert plan["federated_flow"] == {"template": "src.experiment.FederatedCrowdGuard", "settings": {}}
+    assert plan["contract"]["protocol"] == PROTOCOL
     assert plan["network"]["settings"]["tls"] is True
     assert plan["network"]["settings"]["agg_addr"] == "localhost"
     assert (workspace / "requirements.txt").read_text() == (ROOT / "envoy" / "requirements.txt").read_text()

@@ -13,8 +13,8 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 ROOT = Path(__file__).parent.parent
-LAUNCHER = ROOT / "director" / "federation.py"
-sys.path.insert(0, str(ROOT / "director"))
+LAUNCHER = ROOT / "local" / "federation.py"
+sys.path[:0] = [str(ROOT / "director"), str(ROOT / "local")]
 
 import certificates  # noqa: E402
 import federation  # noqa: E402

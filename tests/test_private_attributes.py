@@ -175,11 +175,9 @@ def test_no_yaml_no_certificates_and_no_director(tmp_path):
     assert "there is no such file" in start_envoy(tmp_path / "none.yaml")[1]
     path = tmp_path / "right.yaml"
     path.write_text(yaml.safe_dump({"name": "Amsterdam", "director": "localhost:1"}))
-    assert "ca.crt is missing" in start_envoy(path)[1]
-    certificates = tmp_path / "certificates"
-    certificates.mkdir()
-    for file in ("ca.crt", "Amsterdam.crt", "Amsterdam.key"):
-        (certificates / file).touch()
+    assert "ca.crt: is missing" in start_envoy(path)[1]
+    make = [sys.executable, ROOT / "director" / "certificates.py", "--folder", tmp_path / "certificates", "Amsterdam"]
+    subprocess.run(make, check=True, capture_output=True)
     assert "right.yaml: director: nobody answers at localhost:1" in start_envoy(path)[1]
 
 

@@ -4,18 +4,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load, save
+
+COUNTER = "norm.num_batches_tracked"
 
 
 @pytest.fixture
 def state():
     torch.manual_seed(0)
-    return {"weight": torch.randn(3, 4), "bias": torch.full((3,), 1e38), "seen": torch.tensor(7)}
+    table, counter = torch.arange(4), torch.tensor(3)
+    return {"weight": torch.randn(3, 4), "bias": torch.full((3,), 1e38), "table": table, COUNTER: counter}
 
 
 @pytest.fixture
 def local(state):
-    return {n: v + 0.01 * v.abs() if v.is_floating_point() else v + 1 for n, v in state.items()}
+    return {n: v + 0.01 * v.abs() if v.is_floating_point() else v for n, v in state.items()} | {
+        COUNTER: torch.tensor(9)
+    }
 
 
 def test_an_update_in_float32_arrives_as_it_left(experiment, state, local):
@@ -51,7 +56,10 @@ def test_the_default_keeps_the_small_steps_of_sgd(experiment):
         (lambda s: {**s, "bias": torch.zeros(3, dtype=torch.int64)}, "update of bias has type"),
         (lambda s: {**s, "bias": torch.zeros(3, dtype=torch.float64)}, "update of bias has type"),
         (lambda s: {**s, "bias": torch.full((3,), 3e38)}, "update of bias is not finite"),
-        (lambda s: {**s, "seen": torch.tensor(1.0)}, "update of seen has type"),
+        (lambda s: {**s, "table": torch.zeros(4)}, "update of table has type"),
+        (lambda s: {**s, "table": torch.tensor([0, 1, 2, 10**6])}, "update of table changes what cannot be learned"),
+        (lambda s: {**s, COUNTER: torch.tensor(-1)}, f"update of {COUNTER} changes what cannot be learned"),
+        (lambda s: {**s, COUNTER: torch.tensor(2**62)}, f"update of {COUNTER} changes what cannot be learned"),
         (lambda s: {**s, "bias": torch.tensor([0.0, float("nan"), 0])}, "update of bias is not finite"),
         (lambda s: {**s, "bias": torch.full((3,), 1e30).half()}, "update of bias is not finite"),
     ],
@@ -63,7 +71,7 @@ def test_a_hostile_update_is_refused_with_its_reason(experiment, state, change, 
 
 @pytest.mark.parametrize("data", [b"", b"nonsense", b"\x80\x04\x95", None])
 def test_bytes_that_are_no_update_are_refused(experiment, state, data):
-    with pytest.raises(ValueError, match="not safetensors"):
+    with pytest.raises(ValueError, match="update is not safetensors"):
         experiment.unpack_update(data, state)
 
 
@@ -83,10 +91,26 @@ def test_fed_avg_solved_by_hand(experiment):
         assert all(torch.equal(state[name], copy[name]) for name in copy), "none of the arguments is changed"
 
 
-def test_sound_updates_tells_who_failed_and_why(experiment, state, local):
-    good = experiment.pack_update(local, state, "bfloat16")
-    reports = {"A": {"update": good}, "B": {"update": b"?"}, "C": {"failure": "local_update: OSError: disk"}}
-    updates, failed = experiment.sound_updates(reports, state)
+@pytest.mark.parametrize("extra", ["y" * 300, "y" * 20_000_000])
+def test_metadata_in_an_update_are_refused_or_dropped(experiment, state, local, extra):
+    packed = experiment.pack_update(local, state, "bfloat16")
+    padded = save(load(packed), metadata={"x": extra})
+    updates, failed = experiment.usable_updates({"A": experiment.Report(update=padded)}, state)
+    assert updates == ({"A": packed} if len(extra) < 1000 else {})
+    assert len(extra) < 1000 or "a header for more" in failed["A"]
+
+
+def test_a_million_tensors_are_refused_before_they_are_parsed(experiment, state, monkeypatch):
+    many = save({f"t{i}": torch.zeros(1) for i in range(100_000)})
+    monkeypatch.setattr(experiment, "load", lambda data: pytest.fail("it was parsed"))
+    with pytest.raises(ValueError, match="a header for more"):
+        experiment.unpack_update(many, state)
+
+
+def test_usable_updates_tells_who_failed_and_why(experiment, state, local):
+    good, report = experiment.pack_update(local, state, "bfloat16"), experiment.Report
+    reports = {"A": report(update=good), "B": report(update=b"?"), "C": report(failure="local_update: OSError: disk")}
+    updates, failed = experiment.usable_updates(reports, state)
     assert updates == {"A": good}
     assert "not safetensors" in failed["B"]
     assert failed["C"] == "local_update: OSError: disk"
@@ -109,16 +133,16 @@ def test_who_takes_the_steps_holds_the_aggregators_model(experiment, dtype):
         before = experiment.load(packed) if packed else {n: torch.zeros_like(v) for n, v in exact.items()}
         step = experiment.pack_update(exact, before, dtype)
         packed = experiment.stepped(packed, step, config)
-        experiment.follow(memory, (version, step, version == 1), config)
+        experiment.follow(memory, experiment.Task(1, version, version == 1, step), config)
         assert memory["global_model"] == packed
         near = experiment.global_state(memory, version)
         assert all((near[name] - value).abs().max() <= 0.01 * (1 + value.abs().max()) for name, value in exact.items())
         exact = {name: value + 0.1 * torch.randn_like(value) for name, value in exact.items()}
-    experiment.follow(memory, (3, step, False), config)
+    experiment.follow(memory, experiment.Task(1, 3, False, step), config)
     assert memory["global_model"] == packed, "a step that has been taken is not taken again"
     with pytest.raises(LookupError, match="cannot take the step to 5"):
-        experiment.follow(memory, (5, step, False), config)
-    experiment.follow(memory, (5, packed, True), config)
+        experiment.follow(memory, experiment.Task(1, 5, False, step), config)
+    experiment.follow(memory, experiment.Task(1, 5, True, packed), config)
     assert memory == {"global_model": packed, "version": 5}
     with pytest.raises(LookupError, match="missed a step"):
         experiment.global_state(memory, 4)

@@ -1,49 +1,14 @@
 """On a running federation: experiment after experiment, edited code, and errors that come back.
 
-python director/federation.py -- pytest tests/live
+python local/federation.py -- pytest tests/live
 """
 
 import ast
 import os
-import sys
 import time
-from pathlib import Path
 
-import nbformat
 import papermill
 import pytest
-
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-import run  # noqa: E402
-
-TINY = ["rounds=1", "local_epochs=1", "hidden=16"]
-
-
-@pytest.fixture
-def execute(tmp_path, monkeypatch):
-    """Executes the notebook's exported cells and those that run it on the federation; returns its last output."""
-    assert "CROWDGUARD_DIRECTOR" in os.environ, "these tests need a federation: see the top of this file"
-
-    def go(old="", new="", show="flflow.history", director=None):
-        notebook = run.with_settings(nbformat.read(run.NOTEBOOK, as_version=4), "demo", TINY)
-        wanted = ("workspace", "federation")
-        notebook.cells = [c for c in notebook.cells if run.exported(c) or any(run.tagged(c, tag) for tag in wanted)]
-        assert not old or any(old in cell.source for cell in notebook.cells)
-        for cell in notebook.cells:
-            cell.source = cell.source.replace(old, new) if old else cell.source
-        notebook.cells.append(nbformat.v4.new_code_cell(show))
-        source, output = tmp_path / "source.ipynb", tmp_path / "output.ipynb"
-        nbformat.write(notebook, source)
-        monkeypatch.setenv("CROWDGUARD_NOTEBOOK", str(source))
-        monkeypatch.setenv("CROWDGUARD_RESULTS", str(tmp_path))
-        if director:
-            monkeypatch.setenv("CROWDGUARD_DIRECTOR", director)
-        papermill.execute_notebook(source, output, cwd=ROOT, progress_bar=False)
-        return nbformat.read(output, as_version=4).cells[-1].outputs[0]["data"]["text/plain"]
-
-    return go
 
 
 def test_an_edited_notebook_runs_its_new_code_at_every_envoy(execute):
@@ -82,6 +47,8 @@ def test_what_travels_is_updates_in_half_precision_and_nobody_gets_its_own_back(
 
 def test_no_director_is_said_at_once(execute):
     started = time.monotonic()
-    with pytest.raises(papermill.PapermillExecutionError, match="no director at localhost:1 .*make run"):
-        execute(director="localhost:1")
+    with pytest.raises(
+        papermill.PapermillExecutionError, match="no director: nobody answers at localhost:1 .*make run"
+    ):
+        execute(environment=os.environ | {"CROWDGUARD_DIRECTOR": "localhost:1"})
     assert time.monotonic() - started < 120, "it must not wait for ever"

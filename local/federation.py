@@ -1,6 +1,6 @@
 """A whole federation on this machine: director, envoys, mutual TLS, for as long as a command runs.
 
-    python director/federation.py --participants 6 --malicious 2 -- python run.py
+    python local/federation.py --participants 6 --malicious 2 -- python experimenter/run.py
 
 The settings come from the YAML files in `envoy/`; `--set data.source=image_folder --set data.folder=DIR` changes them
 for all participants. Everything is taken down again when the command ends, on Ctrl-C, and when this is killed.
@@ -18,9 +18,12 @@ import time
 from pathlib import Path
 
 import yaml
-from certificates import make_certificates
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "director"))
+
+from certificates import make_certificates  # noqa: E402
+
 # fmt: off
 CITIES = [
     "Amsterdam", "Bangalore", "Chandler", "Detroit", "Espoo", "Fairbanks", "Galway", "Hamburg", "Istanbul", "Jakarta",
@@ -138,7 +141,7 @@ class Federation:
         for folder in ("home", "logs", "envoys", "director", *self.settings):
             (self.folder / folder).mkdir()
         self.guardian = subprocess.Popen(
-            [sys.executable, ROOT / "director" / "guardian.py", certificates],
+            [sys.executable, ROOT / "local" / "guardian.py", certificates],
             stdin=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         self.start_director(certificates)

@@ -1,6 +1,6 @@
 """Executes the notebook and keeps what comes of it in `results/`.
 
-    python run.py --config published --set rounds=2
+    python experimenter/run.py --config published --set rounds=2
 
 `make run` calls this beside a local federation. With `--export` it only writes `generated_workspace/`.
 """
@@ -19,7 +19,7 @@ import pandas as pd
 import papermill
 from nbconvert import HTMLExporter
 
-NOTEBOOK = Path(__file__).with_name("FederatedCrowdGuard.ipynb")
+NOTEBOOK = Path(__file__).parent.parent / "FederatedCrowdGuard.ipynb"
 
 
 def tagged(cell, tag: str) -> bool:

@@ -1,0 +1,303 @@
+"""OpenFL's aggregator for flows whose participants send data, never code.
+
+**The contract between director and flow**, the experiment's own class, which comes with its code. It has the number
+`PROTOCOL`, which stands in every plan; a director or an envoy with another one refuses.
+
+| the director reads from the flow | |
+|---|---|
+| `after(step)` | the aggregator's step that takes the answers to a participant's one; no participant chooses it |
+| `round`, `config.patience` | for what is said; seconds after which who has not answered is left out |
+| `largest_report(step)` | bytes that an answer to a participant's step may have |
+| `pack_task()` of a participant's clone | what it is sent, as bytes |
+| `history`, `global_model` or `current` | what the notebook gets in the end |
+
+| the director puts on | |
+|---|---|
+| `report` of a participant's clone | its answer as it came, bytes; or a text that says why there is none |
+| the state that the notebook gets | `history`, `traffic`, `error` (None if all went well), and the model's bytes |
+
+The flow logs to `LOGGER`; the director shows the notebook what is logged there. At the envoy `take_task(message)` of
+the flow reads what `pack_task` has written, and the flow's step leaves its answer in `report`.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from logging.handlers import QueueHandler
+from typing import Any
+from urllib.parse import unquote
+
+import grpc
+from google.protobuf.message import DecodeError
+from openfl.experimental.workflow.component.aggregator import aggregator
+from openfl.experimental.workflow.interface import FLSpec
+from openfl.experimental.workflow.protocols import aggregator_pb2, aggregator_pb2_grpc
+from openfl.experimental.workflow.transport import AggregatorGRPCServer
+from openfl.protocols.utils import proto_to_datastream
+
+PROTOCOL = 2  # 1 was OpenFL's own: pickles
+LOGGER = "FederatedCrowdGuard"
+LONGEST_REASON = 300  # characters of what a participant says went wrong
+WAIT = 5  # seconds a participant's question for a task may wait for one; it asks again
+NEWS = 10  # seconds without a word
+
+log = logging.getLogger(LOGGER)
+
+
+@dataclass
+class Assignment:
+    """A step that a participant has been asked to take."""
+
+    number: int
+    step: str
+    clone: Any
+    traffic: list = field(default_factory=list)  # a row for each time it has been sent
+
+
+@dataclass
+class State:
+    """What the notebook gets in the end."""
+
+    history: list = field(default_factory=list)
+    traffic: list = field(default_factory=list)
+    error: str | None = None
+    model: bytes = b""
+
+
+class Aggregator(aggregator.Aggregator):
+    """Runs a flow: its own steps here, the others at the participants, of whom it takes bytes."""
+
+    def __init__(self, flow, participants: list[str], plan):
+        super().__init__(plan.aggregator_uuid, plan.federation_uuid, participants, flow, private_attributes={})
+        self.open, self.count, self.traffic = {}, 0, []  # `open`: participant → the assignment it has not answered yet
+        self.changed, self.answered = threading.Condition(), asyncio.Event()
+
+    async def run_flow(self) -> State:
+        """Runs the flow to its end, or to its first error."""
+        handler = ToNotebook(self.stdout_queue)
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        error = None
+        try:
+            await self.run_steps()
+        except Exception as failure:
+            log.exception("the flow failed")
+            place = traceback.extract_tb(failure.__traceback__)[-1]
+            error = f"{type(failure).__name__}: {failure} ({place.name}, line {place.lineno})"
+        finally:
+            log.removeHandler(handler)
+            with self.changed:
+                self.open, self.time_to_quit = {}, True
+                self.changed.notify_all()
+        known = self.known
+        model = getattr(known, "global_model", None) or getattr(known, "current", None) or b""
+        return State(getattr(known, "history", []), self.traffic, error, model)
+
+    @property
+    def known(self):
+        """The flow with all its attributes; while participants work OpenFL leaves it those that it sends them."""
+        return next(iter(getattr(self, "instance_snapshot", None) or ()), self.flow)
+
+    async def run_steps(self):
+        self.loop = asyncio.get_running_loop()
+        FLSpec._reset_clones()
+        FLSpec._create_clones(self.flow, self.authorized_cols)
+        step = await asyncio.to_thread(self.do_task, "start")
+        while not self.time_to_quit:
+            self.ask(step)
+            await self.answers(step)
+            self.flow.restore_instance_snapshot(self.flow, list(self.instance_snapshot or ()))
+            self.instance_snapshot = None
+            step = await asyncio.to_thread(self.do_task, self.flow.after(step).__name__)
+
+    def do_task(self, name):
+        row = {"round": getattr(self.flow, "round", 1), "step": name, "participant": "aggregator", "given": time.time()}
+        self.traffic.append(row)
+        following = super().do_task(name)
+        row["taken"] = time.time()
+        return following
+
+    def call_checkpoint(self, name, ctx, f, stream_buffer=None):
+        """No checkpoints: OpenFL's are pickles."""
+
+    # --- What the participants are asked ---
+
+    def ask(self, step: str) -> None:
+        """Gives the step to the participants that the flow has selected."""
+        with self.changed:
+            for name in self.selected_collaborators:
+                self.count += 1
+                self.open[name] = Assignment(self.count, step, self.clones_dict[name])
+            self.changed.notify_all()
+
+    async def answers(self, step: str) -> None:
+        """Waits until everybody has answered. Who has not, when nobody has answered for `patience`, is left out.
+
+        Raises: `TimeoutError` if that is everybody.
+        """
+        asked, patience = len(self.selected_collaborators), self.known.config.patience
+        since = spoken = time.monotonic()
+        before = f"round {self.known.round}, {step}"
+        while missing := list(self.open):
+            waited = time.monotonic() - since
+            if waited >= patience and len(missing) == asked:
+                raise TimeoutError(f"{before}: nobody has answered for {patience} s, asked were {', '.join(missing)}")
+            if waited >= patience:
+                for name in missing:
+                    self.take(name, self.open.get(name), f"{step}: no answer within {patience} s")
+            try:
+                await asyncio.wait_for(self.answered.wait(), min(NEWS, max(patience - waited, 0.1)))
+                self.answered.clear()
+                since = time.monotonic()
+            except TimeoutError:
+                pass
+            if time.monotonic() - spoken >= NEWS:
+                spoken, done = time.monotonic(), asked - len(self.open)
+                log.info("%s: %d of %d participants have answered (%.0f s)", before, done, asked, spoken - since)
+
+    def take(self, name: str, assignment: Assignment | None, report: bytes | str) -> bool:
+        """Puts the report on the participant's clone, unless it has one already."""
+        with self.changed:
+            if assignment is None or self.open.get(name) is not assignment:
+                return False
+            for attribute in self.kwargs["include"]:
+                vars(assignment.clone).pop(attribute, None)
+            assignment.clone.report = report
+            del self.open[name]
+        self.loop.call_soon_threadsafe(self.answered.set)
+        return True
+
+    # --- What the participants ask, each in a thread of the server ---
+
+    def get_tasks(self, name: str) -> tuple:
+        """Number, step and message of the participant's task, again if it has not answered; and whether it is over."""
+        with self.changed:
+            self.changed.wait_for(lambda: name in self.open or self.time_to_quit, WAIT)
+            assignment = self.open.get(name)
+            if assignment is None:
+                self.quit_job_sent_to += [name] if self.time_to_quit else []
+                return 0, "", b"", self.time_to_quit
+            message = assignment.clone.pack_task()
+            row = {"round": self.known.round, "step": assignment.step, "participant": name, "down": len(message)}
+            assignment.traffic.append(row | {"given": time.time()})
+            self.traffic.append(assignment.traffic[-1])
+        return assignment.number, assignment.step, message, False
+
+    def send_task_results(self, name: str, number: int, message: bytes, failure: str) -> None:
+        """Takes one answer to the task of this number, and leaves out any other."""
+        assignment = self.open.get(name)
+        if assignment is None or assignment.number != number or not assignment.traffic:
+            log.warning("%s has answered what it was not asked", name)
+            return
+        report = failure[:LONGEST_REASON] if failure else message
+        if self.take(name, assignment, report):
+            assignment.traffic[-1].update(up=len(message), taken=time.time())
+
+    def largest_answer(self, name: str) -> int:
+        """Bytes that the participant may send now."""
+        assignment = self.open.get(name)
+        return self.known.largest_report(assignment.step) if assignment else 0
+
+
+class ToNotebook(QueueHandler):
+    """Puts log records on the queue of what the notebook is told."""
+
+    def prepare(self, record):
+        return told(record.getMessage())
+
+
+def told(text: str) -> dict:
+    """What the notebook receives when it is told this."""
+    return {"stdout_origin": "aggregator", "task_name": "", "stdout_value": text}
+
+
+# --- The server ---------------------------------------------------------------------------------------------------
+
+CHUNK = 4 << 20  # bytes of one gRPC message; both sides send longer ones in pieces of 2 MB
+ENVELOPE = 1 << 16  # bytes of what OpenFL puts around an answer
+AT_ONCE = 4  # calls of one participant at the same time
+CHANNEL = [
+    ("grpc.max_receive_message_length", CHUNK),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_metadata_size", 1 << 14),
+    ("grpc.so_reuseport", 0),  # a taken port is an error
+]
+
+
+def common_name(context) -> str:
+    """The name in the caller's certificate."""
+    return next(iter(context.auth_context().get("x509_common_name", [b""]))).decode(errors="replace")
+
+
+class Server(AggregatorGRPCServer):
+    """The aggregator's server. It knows by the certificate who calls before it reads what is said, and how much."""
+
+    def __init__(self, aggregator: Aggregator, port: int, certificates: dict):
+        super().__init__(aggregator, port, **certificates)
+        self.calls = {name: threading.BoundedSemaphore(AT_ONCE) for name in aggregator.authorized_cols}
+
+    def caller(self, context) -> str:
+        """Who calls; ends the call if it is nobody of this experiment, or calls too often at once."""
+        name = common_name(context)
+        if name not in self.calls:
+            place = unquote(context.peer())
+            log.warning("%s at %s calls the aggregator and is not in this experiment", name or "somebody", place)
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, f"{name} is not in this experiment")
+        if not self.calls[name].acquire(blocking=False):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{name} has {AT_ONCE} calls open")
+        context.add_callback(self.calls[name].release)
+        return name
+
+    def check(self, header, name: str, context) -> None:
+        """Ends the call if the message is not from its sender, or not for this aggregator."""
+        if (header.sender, header.receiver) != (name, self.aggregator.uuid):
+            context.abort(
+                grpc.StatusCode.PERMISSION_DENIED, f"{name} cannot speak for {header.sender[:50]}, or not here"
+            )
+
+    def GetTasks(self, request, context):  # noqa: N802
+        name = self.caller(context)
+        self.check(request.header, name, context)
+        number, step, message, over = self.aggregator.get_tasks(name)
+        answer = {"round_number": number, "function_name": step, "execution_environment": message}
+        header = self.get_header(name)
+        return proto_to_datastream(aggregator_pb2.GetTasksResponse(header=header, quit=over, **answer))
+
+    def SendTaskResults(self, stream, context):  # noqa: N802
+        name = self.caller(context)
+        message, request = self.collect(stream, name, context), aggregator_pb2.TaskResultsRequest()
+        try:
+            request.ParseFromString(message)
+        except DecodeError as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not an answer: {error}")
+        self.check(request.header, name, context)
+        self.aggregator.send_task_results(name, request.round_number, request.execution_environment, request.next_step)
+        return aggregator_pb2.TaskResultsResponse(header=self.get_header(name))
+
+    def collect(self, stream, name: str, context) -> bytes:
+        """The stream's bytes; as soon as they are too many the sender is out of the round."""
+        assignment, most = self.aggregator.open.get(name), self.aggregator.largest_answer(name)
+        collected = bytearray()
+        for part in stream:
+            collected += part.npbytes
+            if len(collected) > most + ENVELOPE:
+                reason = f"{assignment.step if assignment else 'answer'}: more than {most} bytes"
+                self.aggregator.take(name, assignment, reason)
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+        return bytes(collected)
+
+    def CallCheckpoint(self, stream, context):  # noqa: N802
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "there are no checkpoints: they would be pickles")
+
+    def bind(self) -> None:
+        files = (self.private_key, self.certificate, self.root_certificate)
+        key, certificate, root = (file.read_bytes() for file in files)
+        # Every participant that waits for a task occupies a thread; threads are made when needed.
+        self.server = grpc.server(ThreadPoolExecutor(AT_ONCE * len(self.calls) + 8), options=CHANNEL)
+        aggregator_pb2_grpc.add_AggregatorServicer_to_server(self, self.server)
+        credentials = grpc.ssl_server_credentials(((key, certificate),), root, require_client_auth=True)
+        self.server.add_secure_port(self.uri, credentials)

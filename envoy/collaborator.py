@@ -1,0 +1,181 @@
+"""OpenFL's envoy, and the collaborator that it runs in every experiment, for flows that send data and never code.
+
+What comes from the aggregator is read by the flow itself (`take_task`), whose code came with the experiment; what goes
+back are the bytes that its step has left in `report`. The contract is written down in director/aggregator.py.
+"""
+
+import importlib
+import logging
+import sys
+import time
+from pathlib import Path
+
+import grpc
+from channel import PROTOCOL, Identity, open_channel
+from openfl.experimental.workflow.component.envoy import envoy
+from openfl.experimental.workflow.federated import Plan
+from openfl.experimental.workflow.protocols import aggregator_pb2, aggregator_pb2_grpc, director_pb2, director_pb2_grpc
+from openfl.experimental.workflow.runtime import FederatedRuntime
+from openfl.experimental.workflow.transport.grpc.director_client import EnvoyDirectorClient
+from openfl.protocols.utils import datastream_to_proto, proto_to_datastream
+
+log = logging.getLogger(__name__)
+
+TRIES = 30  # in a row to reach the aggregator, a second apart
+PASSING = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED}
+PAUSE = 5  # seconds, after something has gone wrong
+
+
+class AggregatorClient:
+    """What a participant asks the aggregator of an experiment."""
+
+    def __init__(self, name: str, plan, identity: Identity):
+        network = plan.config["network"]["settings"]
+        self.address = f"{network['agg_addr']}:{network['agg_port']}"
+        self.stub = aggregator_pb2_grpc.AggregatorStub(open_channel(self.address, identity))
+        self.header = aggregator_pb2.MessageHeader(
+            sender=name, receiver=plan.aggregator_uuid, federation_uuid=plan.federation_uuid
+        )
+
+    def get_task(self):
+        """The next task, or the same again if it has not been answered."""
+        request = aggregator_pb2.GetTasksRequest(header=self.header)
+        return self.insist(lambda: datastream_to_proto(aggregator_pb2.GetTasksResponse(), self.stub.GetTasks(request)))
+
+    def answer(self, number: int, report: bytes, failure: str = "") -> None:
+        """Answers the task of this number; OpenFL's field for the next step says why there is no report."""
+        request = aggregator_pb2.TaskResultsRequest(
+            header=self.header, round_number=number, execution_environment=report, next_step=failure
+        )
+        self.insist(lambda: self.stub.SendTaskResults(proto_to_datastream(request)))
+
+    def insist(self, call):
+        """Calls until the aggregator answers.
+
+        Raises: `ConnectionError` if it does not, or does not want to.
+        """
+        for _ in range(TRIES):
+            try:
+                return call()
+            except grpc.RpcError as error:
+                if error.code() not in PASSING:
+                    raise ConnectionError(f"the aggregator at {self.address} refuses: {error.details()}") from None
+                log.info("no answer from the aggregator at %s: %s", self.address, error.details())
+                time.sleep(1)
+        raise ConnectionError(f"no aggregator at {self.address}")
+
+
+class Collaborator:
+    """Takes the steps of an experiment's flow that are its participants'.
+
+    Args:
+        new_flow: makes a flow.
+        private: the participant's private attributes, which a flow finds on itself; or a text that says why there are
+            none, which is then the answer to every task.
+    """
+
+    def __init__(self, name: str, client: AggregatorClient, new_flow, private: dict | str):
+        self.name, self.client, self.new_flow, self.private = name, client, new_flow, private
+
+    def run(self) -> None:
+        """Asks for tasks and answers them until the experiment is over."""
+        while not (task := self.client.get_task()).quit:
+            if not task.function_name:
+                continue  # the aggregator has made us wait already
+            log.info("task: %s", task.function_name)
+            report, failure = self.take_step(task.function_name, task.execution_environment)
+            self.client.answer(task.round_number, report, failure)
+        log.info("The experiment is over.")
+
+    def take_step(self, step: str, message: bytes) -> tuple[bytes, str]:
+        """The report of a step, and why there is none."""
+        if isinstance(self.private, str):
+            return b"", self.private
+        try:
+            flow = self.new_flow()
+            flow.after(step)  # or it is no step of a participant
+            flow.take_task(message)
+            flow.input, flow.runtime = self.name, FederatedRuntime()
+            vars(flow).update(self.private)
+            getattr(flow, step)()
+            return flow.report, ""
+        except Exception as error:
+            log.exception("%s failed", step)
+            return b"", f"{step}: {type(error).__name__}: {error}"
+
+
+class DirectorClient(EnvoyDirectorClient):
+    """Speaks to the director as one that says what it is, and takes the whole experiment at once: OpenFL tries again
+    after an error, which later would end the envoy."""
+
+    def __init__(self, address: str, name: str, identity: Identity):
+        self.envoy_name = name
+        self.stub = director_pb2_grpc.DirectorStub(open_channel(address, identity))
+
+    def connect_envoy(self, envoy_name):
+        request = director_pb2.SendConnectionRequest(envoy_name=envoy_name)
+        try:
+            return self.stub.EnvoyConnectionRequest(request).accepted
+        except grpc.RpcError as error:
+            raise ConnectionError(error.details()) from None
+
+    def get_experiment_data(self, experiment_name):
+        return list(super().get_experiment_data(experiment_name))
+
+    def send_health_check(self, **facts):
+        return super().send_health_check(**facts) or PAUSE  # OpenFL's gives None after an error, and dies of it
+
+
+class Participant(envoy.Envoy):
+    """An envoy that takes part with what `bring()` returns: the participant's private attributes."""
+
+    def __init__(self, name: str, address: str, identity: Identity, bring):
+        self.address, self.identity, self.bring = address, identity, bring
+        host, _, port = address.rpartition(":")
+        super().__init__(
+            envoy_name=name, director_host=host, director_port=int(port), root_certificate=identity.ca,
+            certificate=identity.certificate, private_key=identity.key,
+            install_requirements=False,  # an experiment does not change this machine's packages
+        )  # fmt: skip
+
+    def _create_envoy_dir_client(self, director_host, director_port):
+        return DirectorClient(self.address, self.name, self.identity)
+
+    def start(self):
+        """Joins the federation and takes part in its experiments, for ever.
+
+        Raises: `ConnectionError` with one line if the director does not want it.
+        """
+        self._envoy_dir_client.connect_envoy(self.name)
+        log.info("%s is connected to the director", self.name)
+        self._health_check_future = self.executor.submit(self._send_health_check)
+        self._run()
+
+    def _run_collaborator(self):
+        plan = Plan.parse(plan_config_path=Path(self.plan))
+        client = AggregatorClient(self.name, plan, self.identity)
+        try:
+            Collaborator(self.name, client, *self.prepare(plan)).run()
+        except ConnectionError:
+            time.sleep(PAUSE)  # it would be called up again at once
+            raise
+
+    def prepare(self, plan):
+        """The flow's class and the private attributes; instead of these, why they are not there."""
+        try:
+            number = (plan.config.get("contract") or {}).get("protocol")
+            if number != PROTOCOL:
+                raise ValueError(f"the experiment speaks protocol {number} and envoy/ {PROTOCOL}: update the older one")
+            return load_flow(plan), self.bring()
+        except (Exception, SystemExit) as error:  # a setting that does not fit, or code that calls exit
+            log.exception("cannot take part")
+            return None, f"cannot take part: {type(error).__name__}: {error}"
+
+
+def load_flow(plan):
+    """The class of the flow of the experiment whose workspace is the current folder; each has another `src`."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "src"]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    module, _, name = plan.config["federated_flow"]["template"].rpartition(".")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,36 @@
+"""The workspace: what director and envoys receive of the notebook."""
+
+import contextlib
+import io
+import os
+import shutil
+from pathlib import Path
+
+from openfl.experimental.workflow.notebooktools import NotebookTools
+
+from envoy.channel import PROTOCOL
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = os.environ.get("CROWDGUARD_NOTEBOOK", str(ROOT / "FederatedCrowdGuard.ipynb"))
+WORKSPACE = Path(os.environ.get("CROWDGUARD_WORKSPACE", "generated_workspace")).resolve()
+AGGREGATOR_PORT = int(os.environ.get("CROWDGUARD_AGGREGATOR_PORT", 50052))
+
+
+class Workspace(NotebookTools):
+    """Plan, code, and the requirements of a participant's machine."""
+
+    def _generate_requirements(self):
+        shutil.copy(ROOT / "envoy" / "requirements.txt", self.output_workspace_path / "requirements.txt")
+
+    def _build_plan_config(self, *args):
+        plan = super()._build_plan_config(*args)
+        plan["network"]["settings"]["agg_port"] = AGGREGATOR_PORT
+        plan["contract"] = {"protocol": PROTOCOL}
+        return plan
+
+
+def export_workspace(director: str) -> tuple[Path, str]:
+    """Writes the workspace for a director at `host:port`, and an archive of it; returns that and the flow's name."""
+    with contextlib.redirect_stdout(io.StringIO()):  # OpenFL lists its own template
+        archive, name = Workspace(NOTEBOOK, WORKSPACE).export(director.rpartition(":")[0], tls=True)
+    return Path(archive), name

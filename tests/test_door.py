@@ -1,0 +1,276 @@
+"""Who may come in: a director as a process, and callers whose certificates, names or software do not fit."""
+
+import datetime
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+import yaml
+from conftest import ROOT
+from openfl.experimental.workflow.protocols import director_pb2, director_pb2_grpc
+
+from envoy import channel
+
+sys.path.append(str(ROOT / "director"))
+
+import certificates  # noqa: E402
+
+CODE = grpc.StatusCode
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+class Running:
+    """A director as a process, from a folder of its own or the project's."""
+
+    def __init__(self, folder: Path, program: Path = ROOT / "director", path: str = ""):
+        self.port, self.folder, self.log = free_port(), folder, folder / "director.log"
+        self.address = f"localhost:{self.port}"
+        config = folder / "director.yaml"
+        config.write_text(yaml.safe_dump({"port": self.port, "envoy_health_check_period": 5}))
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", program / "start.py", config, "--certificates", folder / "certificates"],
+            cwd=folder, stdout=self.log.open("w"), stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": path},
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while socket.socket().connect_ex(("localhost", self.port)):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.2)
+
+    def says(self, words: str, seconds: float = 10) -> str:
+        """The line of the log with these words."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for line in self.log.read_text().splitlines():
+                if re.search(words, line):
+                    return line
+            time.sleep(0.1)
+        raise AssertionError(f"{words!r} is not in the log:\n{self.log.read_text()}")
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Certificates of ours, and of another CA."""
+    folder = tmp_path_factory.mktemp("door")
+    certificates.make_certificates(folder / "certificates", "localhost", ["Amsterdam", "Mallory"])
+    certificates.make_certificates(folder / "foreign", "localhost", ["Amsterdam"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def director(place):
+    running = Running(place)
+    yield running
+    running.end()
+
+
+def ours(place, name="Amsterdam"):
+    return channel.Identity.of(name, place / "certificates")
+
+
+def test_who_fits_is_let_in(place, director):
+    channel.handshake(director.address, ours(place))
+    channel.greet(director.address, ours(place))
+
+
+def test_another_ca_is_refused_in_one_line_on_both_sides(place, director):
+    foreign = channel.Identity.of("Amsterdam", place / "foreign")
+    with pytest.raises(
+        ConnectionError, match=f"{director.address} has no certificate that .*ca.crt vouches for"
+    ) as said:
+        channel.handshake(director.address, foreign)
+    assert len(str(said.value).splitlines()) == 1
+    mixed = replace(foreign, ca=ours(place).ca)
+    with pytest.raises(ConnectionError, match="hangs up: it knows another CA"):
+        channel.handshake(director.address, mixed)
+    director.says("refused at the door: its certificate has expired or is not signed by our CA")
+    with pytest.raises(ValueError, match="Amsterdam.crt: is not signed by ca.crt"):
+        mixed.check("Amsterdam")
+
+
+def test_an_expired_certificate_is_named_before_anybody_is_called(place, tmp_path, monkeypatch):
+    shutil.copytree(place / "certificates", tmp_path / "c")
+    monkeypatch.setattr(certificates, "CLOCKS_DIFFER", datetime.timedelta(days=2))
+    certificates.make_certificates(tmp_path / "c", None, [], days=-1, renew=("Amsterdam",))
+    with pytest.raises(
+        ValueError, match=r"Amsterdam.crt: is valid from 20..-..-.. to 20..-..-.. only: have it renewed"
+    ):
+        channel.Identity.of("Amsterdam", tmp_path / "c")
+    assert "EXPIRED" in certificates.show_certificates(tmp_path / "c")
+
+
+def test_the_certificate_of_another_is_named_before_anybody_is_called(place, tmp_path):
+    shutil.copytree(place / "certificates", tmp_path / "c")
+    shutil.copy(tmp_path / "c" / "Mallory.crt", tmp_path / "c" / "Amsterdam.crt")
+    with pytest.raises(ValueError, match="Amsterdam.crt: is the certificate of Mallory, not of Amsterdam"):
+        channel.Identity.of("Amsterdam", tmp_path / "c")
+    shutil.copy(place / "certificates" / "Amsterdam.crt", tmp_path / "c")
+    shutil.copy(tmp_path / "c" / "Mallory.key", tmp_path / "c" / "Amsterdam.key")
+    with pytest.raises(ValueError, match="Amsterdam.key: is not the key of Amsterdam.crt"):
+        channel.Identity.of("Amsterdam", tmp_path / "c")
+    (tmp_path / "c" / "Amsterdam.key").write_text("no key")
+    with pytest.raises(ValueError, match="Amsterdam.key: cannot be read"):
+        channel.Identity.of("Amsterdam", tmp_path / "c")
+
+
+def test_without_certificate_or_tls_nobody_comes_in(place, director):
+    bare = grpc.ssl_channel_credentials(ours(place).ca.read_bytes())
+    for opened in (grpc.secure_channel(director.address, bare), grpc.insecure_channel(director.address)):
+        with pytest.raises(grpc.RpcError):
+            director_pb2_grpc.DirectorStub(opened).GetEnvoys(director_pb2.GetEnvoysRequest(), timeout=5)
+    director.says("refused at the door: it has no certificate")
+    director.says("refused at the door: it speaks no TLS")
+    with socket.create_server(("localhost", 0)) as deaf, pytest.raises(ConnectionError, match="nobody answers at"):
+        deaf.settimeout(0)
+        address = f"localhost:{deaf.getsockname()[1]}"
+        deaf.close()
+        channel.handshake(address, ours(place))
+
+
+IN_ANOTHER_NAME = {
+    "EnvoyConnectionRequest": director_pb2.SendConnectionRequest(envoy_name="Amsterdam"),
+    "UpdateEnvoyStatus": director_pb2.UpdateEnvoyStatusRequest(name="Amsterdam"),
+    "WaitExperiment": director_pb2.WaitExperimentRequest(collaborator_name="Amsterdam"),
+    "GetExperimentData": director_pb2.GetExperimentDataRequest(experiment_name="x", collaborator_name="Amsterdam"),
+    "GetEnvoys": director_pb2.GetEnvoysRequest(),
+    "GetFlowState": director_pb2.GetFlowStateRequest(),
+    "GetExperimentStdout": director_pb2.GetExperimentStdoutRequest(experiment_name="x"),
+    "SetNewExperiment": iter([director_pb2.ExperimentInfo(name="x")]),
+}
+
+
+def outcome(call):
+    """How a call ends, be it answered once or in a stream."""
+    try:
+        answer = call()
+        return list(answer) if hasattr(answer, "__next__") else answer
+    except grpc.RpcError as error:
+        return error
+
+
+@pytest.mark.parametrize("rpc", IN_ANOTHER_NAME)
+def test_a_call_is_answered_for_the_certificate_s_own_name_alone(place, director, rpc):
+    stub = director_pb2_grpc.DirectorStub(channel.open_channel(director.address, ours(place, "Mallory")))
+    error = outcome(lambda: getattr(stub, rpc)(IN_ANOTHER_NAME[rpc], timeout=10))
+    assert error.code() is CODE.PERMISSION_DENIED and "for the certificate of" in error.details()
+    director.says(r"Mallory at ipv.*:\d+ has called in the name of '(Amsterdam|experimenter)'")
+
+
+def test_every_call_of_the_director_is_tried_above():
+    calls = {name for name in vars(director_pb2_grpc.DirectorServicer) if name[0].isupper()}
+    assert calls == {*IN_ANOTHER_NAME, "ConnectRuntime"}, "which OpenFL answers to nobody"
+
+
+def test_an_experiment_is_given_to_its_participants_alone(place, director):
+    stub = director_pb2_grpc.DirectorStub(channel.open_channel(director.address, ours(place, "Mallory")))
+    request = director_pb2.GetExperimentDataRequest(experiment_name="../../etc/passwd", collaborator_name="Mallory")
+    error = outcome(lambda: stub.GetExperimentData(request, timeout=10))
+    assert error.code() is CODE.NOT_FOUND and "etc" not in error.details()
+
+
+# --- Software that does not fit -------------------------------------------------------------------------------------
+
+
+def notebook_side(director, place, monkeypatch):
+    """The experimenter's module, for this director."""
+    import experimenter.connect as connect
+
+    monkeypatch.setattr(connect, "DIRECTOR", director.address)
+    monkeypatch.setattr(connect, "CERTIFICATES", place / "certificates")
+    return connect
+
+
+@pytest.mark.parametrize(("facts", "words"), [
+    ((("protocol", "1"), ("openfl", "1.9")), "it has protocol 1, not 2"),
+    ((("protocol", "2"), ("openfl", "1.8")), "it has openfl 1.8, not 1.9"),
+    ((), "it has protocol unknown, not 2 and openfl unknown, not 1.9"),
+])  # fmt: skip
+def test_a_stale_envoy_is_refused_in_one_line_that_reaches_the_notebook(
+    place, director, monkeypatch, caplog, facts, words
+):
+    with monkeypatch.context() as old:
+        old.setattr(channel, "OURS", facts)
+        with pytest.raises(ConnectionError, match=words) as said:
+            channel.greet(director.address, ours(place))
+    assert len(str(said.value).splitlines()) == 1
+    director.says(rf"Amsterdam at ipv.*:\d+ is refused: {words}")
+    federation = notebook_side(director, place, monkeypatch).Federation()
+    assert federation.collaborators == []
+    assert f"Amsterdam was refused: {words}" in caplog.text
+    channel.greet(director.address, ours(place))
+    caplog.clear()
+    assert federation.get_envoys() == [] and "refused" not in caplog.text, "it has come again, updated"
+
+
+def test_the_envoy_itself_ends_with_that_line(place, director, tmp_path):
+    (tmp_path / "openfl-1.8.dist-info").mkdir()
+    (tmp_path / "openfl-1.8.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: openfl\nVersion: 1.8\n")
+    settings = tmp_path / "Amsterdam.yaml"
+    settings.write_text(f"name: Amsterdam\ndirector: {director.address}\n")
+    command = [sys.executable, ROOT / "envoy" / "start.py", settings, "--certificates", place / "certificates"]
+    ended = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert ended.returncode == 1 and "openfl 1.8, not 1.9" in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1, ended.stderr
+
+
+@pytest.mark.parametrize(("old", "new", "words"), [
+    ("PROTOCOL = 2", "PROTOCOL = 1", "protocol 1, not 2|protocol 2, not 1"),
+    ('OPENFL = "1.9"', 'OPENFL = "1.10"', "the director has OpenFL 1.9 and needs 1.10"),
+])  # fmt: skip
+def test_a_stale_director_is_refused_in_one_line_that_reaches_the_notebook(
+    place, tmp_path, monkeypatch, old, new, words
+):
+    """A copy of director/ with another number; and one for which the OpenFL beside it is the wrong one."""
+    shutil.copytree(ROOT / "director", tmp_path / "director")
+    for file in ("aggregator.py", "start.py"):
+        text = (tmp_path / "director" / file).read_text()
+        (tmp_path / "director" / file).write_text(text.replace(old, new))
+    shutil.copytree(place / "certificates", tmp_path / "certificates")
+    stale = Running(tmp_path, tmp_path / "director")
+    try:
+        connect = notebook_side(stale, place, monkeypatch)
+        with pytest.raises(ConnectionError, match=words) as said:
+            connect.connect()
+        assert len(str(said.value).splitlines()) == 1
+        with pytest.raises(ConnectionError, match=words):
+            channel.greet(stale.address, ours(place))
+    finally:
+        stale.end()
+
+
+def test_certificates_can_be_renewed_and_listed(place, tmp_path):
+    shutil.copytree(place / "certificates", tmp_path / "c")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
+    command = [sys.executable, ROOT / "director" / "certificates.py", "--folder", tmp_path / "c"]
+    subprocess.run([*command, "--renew", "Mallory", "--days", "30"], check=True, capture_output=True)
+    changed = {path.name for path in (tmp_path / "c").iterdir() if before[path.name] != path.read_bytes()}
+    assert changed == {"Mallory.crt", "Mallory.key"}
+    channel.Identity.of("Mallory", tmp_path / "c")
+    listed = subprocess.run([*command, "--list"], check=True, capture_output=True, text=True).stdout
+    assert re.search(r"Mallory.crt +Mallory +until 20..-..-.., 29 days left +SHA-256 [0-9a-f:]+", listed)
+    assert [line.split()[0] for line in listed.splitlines()] == sorted(
+        ["Amsterdam.crt", "Mallory.crt", "ca.crt", "director.crt", "experimenter.crt"]
+    )

@@ -1,0 +1,179 @@
+"""The aggregator's server, with an aggregator that is in the middle of a step, and callers who mean no good."""
+
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import grpc
+import pytest
+from conftest import ROOT, load_module
+from openfl.experimental.workflow.protocols import aggregator_pb2, aggregator_pb2_grpc
+from openfl.protocols import base_pb2
+from openfl.protocols.utils import datastream_to_proto, proto_to_datastream
+from test_door import free_port
+
+from envoy import channel
+
+sys.path.append(str(ROOT / "director"))
+
+import certificates  # noqa: E402
+
+CODE = grpc.StatusCode
+MEMBERS = ["Amsterdam", "Bangalore"]
+
+
+class Steps:
+    """What the server asks of an aggregator; everybody has task 7, to train."""
+
+    uuid, federation_uuid, single_col_cert_common_name, authorized_cols = "aggregator", "federation", "", MEMBERS
+
+    def __init__(self):
+        self.open = {name: SimpleNamespace(step="train") for name in MEMBERS}
+        self.taken, self.answers, self.hurry = [], [], threading.Event()
+        self.hurry.set()
+
+    def get_tasks(self, name):
+        self.hurry.wait(20)
+        return 7, "train", b"task of " + name.encode(), False
+
+    def largest_answer(self, name):
+        return 1000
+
+    def take(self, name, assignment, report):
+        self.taken.append((name, report))
+
+    def send_task_results(self, *answer):
+        self.answers.append(answer)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("certificates")
+    certificates.make_certificates(folder, "localhost", [*MEMBERS, "Mallory"])
+    return folder
+
+
+@pytest.fixture
+def steps(folder):
+    module, steps = load_module("aggregator", ROOT / "director" / "aggregator.py"), Steps()
+    files = {"root_certificate": "ca.crt", "certificate": "director.crt", "private_key": "director.key"}
+    steps.port = free_port()
+    server = module.Server(steps, steps.port, {key: folder / file for key, file in files.items()})
+    server.bind()
+    server.server.start()
+    yield steps
+    server.server.stop(0).wait()
+
+
+@pytest.fixture
+def stub(steps, folder):
+    def of(name):
+        opened = channel.open_channel(f"localhost:{steps.port}", channel.Identity.of(name, folder))
+        return aggregator_pb2_grpc.AggregatorStub(opened)
+
+    return of
+
+
+def header(sender, receiver="aggregator"):
+    return aggregator_pb2.MessageHeader(sender=sender, receiver=receiver, federation_uuid="federation")
+
+
+def answer(sender, **fields):
+    fields = {"round_number": 7, "execution_environment": b"report"} | fields
+    return proto_to_datastream(aggregator_pb2.TaskResultsRequest(header=header(sender), **fields))
+
+
+def refused(call, code):
+    with pytest.raises(grpc.RpcError) as said:
+        answer = call()
+        list(answer) if hasattr(answer, "__next__") else answer
+    assert said.value.code() is code, said.value.details()
+    return said.value.details()
+
+
+def test_a_member_gets_its_task_and_is_heard(steps, stub):
+    amsterdam = stub("Amsterdam")
+    stream = amsterdam.GetTasks(aggregator_pb2.GetTasksRequest(header=header("Amsterdam")))
+    task = datastream_to_proto(aggregator_pb2.GetTasksResponse(), stream)
+    assert (task.round_number, task.execution_environment, task.quit) == (7, b"task of Amsterdam", False)
+    amsterdam.SendTaskResults(answer("Amsterdam", next_step="why not"))
+    assert steps.answers == [("Amsterdam", 7, b"report", "why not")]
+
+
+def endless(counted, size=1 << 20, most=2000):
+    """A stream of up to two gigabytes that knows how much of it was wanted."""
+    for _ in range(most):
+        counted.append(size)
+        yield base_pb2.DataStream(npbytes=bytes(size))
+
+
+def test_a_certificate_that_is_not_in_the_experiment_gets_nothing_and_nothing_of_it_is_collected(steps, stub):
+    mallory, sent = stub("Mallory"), []
+    for name in ("Mallory", "Amsterdam"):
+        request = aggregator_pb2.GetTasksRequest(header=header(name))
+        assert refused(lambda request=request: mallory.GetTasks(request), CODE.PERMISSION_DENIED)
+        refused(lambda name=name: mallory.SendTaskResults(answer(name)), CODE.PERMISSION_DENIED)
+    refused(lambda: mallory.SendTaskResults(endless(sent)), CODE.PERMISSION_DENIED)
+    assert sum(sent) < 50 << 20, "what gRPC has taken before it was told"
+    assert steps.answers == [] and steps.taken == []
+
+
+def test_who_sends_too_much_is_stopped_at_once_and_out_of_the_step(steps, stub):
+    sent = []
+    words = refused(lambda: stub("Amsterdam").SendTaskResults(endless(sent)), CODE.RESOURCE_EXHAUSTED)
+    assert words == "train: more than 1000 bytes" and sum(sent) < 50 << 20
+    assert steps.taken == [("Amsterdam", words)] and steps.answers == []
+    one = iter([base_pb2.DataStream(npbytes=bytes(5 << 20))])
+    refused(lambda: stub("Amsterdam").SendTaskResults(one), CODE.RESOURCE_EXHAUSTED)
+
+
+def test_nobody_speaks_for_another_or_for_another_federation(steps, stub):
+    amsterdam = stub("Amsterdam")
+    refused(lambda: amsterdam.SendTaskResults(answer("Bangalore")), CODE.PERMISSION_DENIED)
+    refused(
+        lambda: amsterdam.GetTasks(aggregator_pb2.GetTasksRequest(header=header("Bangalore"))), CODE.PERMISSION_DENIED
+    )
+    elsewhere = aggregator_pb2.TaskResultsRequest(header=header("Amsterdam", "another"))
+    refused(lambda: amsterdam.SendTaskResults(proto_to_datastream(elsewhere)), CODE.PERMISSION_DENIED)
+    assert steps.answers == []
+
+
+@pytest.mark.parametrize("data", [b"\xff" * 100, b"\x0a\x05"])
+def test_what_is_no_answer_is_refused(steps, stub, data):
+    stream = iter([base_pb2.DataStream(npbytes=data)])
+    refused(lambda: stub("Amsterdam").SendTaskResults(stream), CODE.INVALID_ARGUMENT)
+    assert steps.answers == []
+
+
+def test_there_are_no_checkpoints(steps, stub):
+    request = aggregator_pb2.CheckpointRequest(header=header("Amsterdam"), execution_environment=b"a pickle")
+    refused(lambda: stub("Amsterdam").CallCheckpoint(proto_to_datastream(request)), CODE.UNIMPLEMENTED)
+
+
+def test_one_member_s_many_calls_do_not_keep_another_from_the_server(steps, stub):
+    steps.hurry.clear()  # tasks are not there yet: who asks waits
+    request, amsterdam = aggregator_pb2.GetTasksRequest(header=header("Amsterdam")), stub("Amsterdam")
+
+    def ask(_):
+        try:
+            return list(amsterdam.GetTasks(request, timeout=30))
+        except grpc.RpcError as error:
+            return error.code()
+
+    with ThreadPoolExecutor(40) as pool:
+        asked = [pool.submit(ask, number) for number in range(40)]
+        deadline = time.monotonic() + 20
+        while sum(call.done() for call in asked) < 36 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        stub("Bangalore").SendTaskResults(answer("Bangalore"), timeout=10)
+        steps.hurry.set()
+        outcomes = [call.result() for call in asked]
+    assert outcomes.count(CODE.RESOURCE_EXHAUSTED) == 36
+    assert steps.answers == [("Bangalore", 7, b"report", "")]
+
+
+def test_every_call_of_the_aggregator_is_tried_above():
+    calls = {name for name in vars(aggregator_pb2_grpc.AggregatorServicer) if name[0].isupper()}
+    assert calls == {"GetTasks", "SendTaskResults", "CallCheckpoint"}
