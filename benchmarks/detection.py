@@ -1,378 +1,206 @@
-"""Who is found, and who is wrongly accused: single rounds of federated learning on real CIFAR-10, judged by every rule.
+"""Who is found, and who is wrongly accused: single rounds of federated learning on real CIFAR-10.
 
-    python benchmarks/detection.py ~/cifar10                 # all settings, five seeds; continues where it was stopped
-    python benchmarks/detection.py ~/cifar10 --table         # the table and the heat map of what is there
+    python benchmarks/detection.py ~/cifar10                            # all parts, judging seeds; resumes
+    python benchmarks/detection.py ~/cifar10 --parts triggers scales    # some of them
+    python benchmarks/detection.py ~/cifar10 --seeds 100 101 102 103 104 --results tuning.csv
+    python benchmarks/detection.py ~/cifar10 --table                    # tables and pictures of what is there
 
-All rounds start from one global model, trained once on 10,000 images which no participant holds. The participants of a
-crowd train once, the last of them also as attackers; a setting says who of them appears in which role. All rules judge
-the same updates, and so does the published rule with the reference of the published notebook, a net that was never
-trained. One line a setting, seed and rule goes to `benchmarks/detection.csv` as soon as it is known.
+Honest participants inspect and vote, attackers vote for each other and against everybody else. All rules judge the same
+updates. For the ablation the default rule judges with one kind of evidence alone, and without each kind. One line a
+setting, seed and rule goes to the CSV as soon as it is known.
 """
 
-import copy
-import functools
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import ROOT, append, arguments, done, load_experiment, private_attributes
-from safetensors.torch import load_file, save_file
+from common import ROOT, append, arguments, done
+from rounds import (
+    JUDGING,
+    TRIGGERS,
+    Crowd,
+    Setting,
+    Trained,
+    experiment,
+    flat,
+    load_images,
+    measure,
+    validation_loader,
+)
 from scipy import stats
 from tqdm import tqdm
 
 matplotlib.use("Agg")
-experiment = load_experiment()
-
-WARM_UP_IMAGES = 10_000
-WARM_UP_EPOCHS = 8
-IMAGES = 500  # a participant's
-INSPECTED = 128  # images on which a participant inspects the models
-TEST_IMAGES = 2_000
-TARGET = 2
-AT_ONCE = 8  # models in memory while they are inspected
-CACHE = ROOT / "benchmarks" / "cache"
-RESULTS = ROOT / "benchmarks" / "detection.csv"
+RESULTS = ROOT / "benchmarks" / "results"
+KINDS = {"norms": ["norms"], "effects": ["effects"], "kinship": ["kinship"]}  # what can speak in a first round
+PARTITIONS = (None, 0.5)
 
 
 # --- Settings -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Crowd:
-    """Participants who train from the same global model. `alpha` None is IID; `width` and `hidden` are the net's."""
-
-    participants: int = 10
-    alpha: float | None = None
-    width: int = 32
-    hidden: int = 512
+def triggers() -> list[Setting]:
+    """Every trigger, by two and by four of ten, as trained and by model replacement; and the faintest attack."""
+    crowds = [Setting(Crowd(alpha=alpha), attackers=k, scale=s) for alpha in PARTITIONS for k in (2, 4) for s in (1, 0)]
+    faint = [replace(setting, pdr=0.1) for setting in crowds if setting.scale == 1]
+    return [replace(setting, trigger=trigger) for setting in crowds for trigger in TRIGGERS] + faint
 
 
-@dataclass(frozen=True)
-class Role:
-    """A participant as it appears in a round: honest, or with poisoned data and a scaled update."""
-
-    participant: int
-    pdr: float = 0
-    scale: float = 1
+def scales() -> list[Setting]:
+    base = [
+        Setting(Crowd(alpha=alpha), k, trigger) for alpha in PARTITIONS for k in (2, 4) for trigger in ("red", "noise")
+    ]
+    return [replace(setting, scale=scale) for setting in base for scale in (1.5, 2, 2.5, 4, 10)]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One point of the benchmark."""
-
-    crowd: Crowd = Crowd()
-    pmr: float = 0.25
-    pdr: float = 0.5
-    scaled: bool = True
-    false_votes: bool = True
-
-    @property
-    def attackers(self) -> set[int]:
-        return set(range(self.crowd.participants - int(self.pmr * self.crowd.participants), self.crowd.participants))
-
-    @property
-    def roles(self) -> list[Role]:
-        scale = self.crowd.participants / len(self.attackers) if self.scaled and self.attackers else 1
-        everyone = range(self.crowd.participants)
-        return [Role(p, self.pdr, scale) if p in self.attackers else Role(p) for p in everyone]
+def shares_of_attackers() -> list[Setting]:
+    """From one of ten to nine of twenty, and one of four and of five."""
+    sizes = [(4, 1), (5, 1), (5, 2), (6, 2), (10, 1), (10, 3), (20, 2), (20, 9)]
+    return [
+        Setting(Crowd(n, alpha), k, trigger, scale=scale)
+        for alpha in PARTITIONS
+        for n, k in sizes
+        for trigger in ("red", "noise", "warp")
+        for scale in ((1, 0) if k == 1 else (1,))
+    ]
 
 
-def settings() -> list[Setting]:
-    """A base setting varied along each axis and the hard corners; these again with the full net."""
-    base = Setting()
-    of = {n: replace(base, crowd=Crowd(n)) for n in (4, 6, 20)}
-    axes = [base, *of.values()]
-    axes += [replace(base, pmr=pmr) for pmr in (0.1, 0.4)]  # 0.45 of 10 are 4 as well
-    axes += [replace(of[20], pmr=pmr) for pmr in (0.05, 0.45)]
-    axes += [replace(base, pdr=0.1), replace(base, scaled=False), replace(base, false_votes=False)]
-    axes += [replace(base, crowd=Crowd(alpha=alpha)) for alpha in (1.0, 0.5)]
-    return [*dict.fromkeys(axes + corners(32, 512)), *corners(64, 4096)]
+def evasions() -> list[Setting]:
+    """Colluders who send what the rule does not look for, see `attackers.py`."""
+    from attackers import EVASIONS
+
+    crowds = [Setting(Crowd(alpha=alpha), k) for alpha in PARTITIONS for k in (2, 4)]
+    return [
+        replace(setting, evasion=name, trigger=trigger)
+        for name, evasion in EVASIONS.items()
+        for setting in crowds
+        for trigger in (TRIGGERS if evasion.on_all_triggers else ("red", "noise"))
+    ]
 
 
-def corners(width: int, hidden: int) -> list[Setting]:
-    """No attack at every size, and attacks that are hard to see."""
-    crowd = functools.partial(Crowd, width=width, hidden=hidden)
-    quiet = [Setting(crowd(n, alpha), pmr=0) for n in (4, 5, 6, 10, 20) for alpha in (None, 0.5)]
-    many = [Setting(crowd(20), pmr=0.45, scaled=False), Setting(crowd(), pmr=0.4, scaled=False)]
-    non_iid = [Setting(crowd(alpha=0.5), pmr=0.4, scaled=scaled) for scaled in (True, False)]
-    return [*quiet, *many, *non_iid, Setting(crowd(), pdr=0.1, scaled=False)]
+def full_net() -> list[Setting]:
+    crowds = [Crowd(alpha=alpha, width=64, hidden=4096) for alpha in PARTITIONS]
+    attacked = [Setting(crowd, 4, trigger) for crowd in crowds for trigger in ("red", "noise", "stripes")]
+    return [*attacked, *(Setting(crowd, 0, "") for crowd in crowds)]
 
 
-# --- Data -----------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def load_images(folder: Path) -> dict[str, torch.Tensor]:
-    """All images as uint8 `(N, 3, 32, 32)` and their labels, decoded once."""
-    path = CACHE / "cifar10.safetensors"
-    if not path.exists():
-        loaded = {}
-        for part in ("train", "test"):
-            labels, read = private_attributes.image_folder(folder, part == "train")
-            blocks = np.array_split(np.arange(len(labels)), 50)
-            images = [(read(block) * 255).round().to(torch.uint8) for block in tqdm(blocks, desc=f"{part} images")]
-            loaded |= {f"{part}_images": torch.cat(images), f"{part}_labels": torch.from_numpy(labels)}
-        save_atomically(loaded, path)
-    return load_file(path)
-
-
-def save_atomically(tensors: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
-
-
-def order(images) -> np.ndarray:
-    """An order of the training images; the first of them are for the warm-up, the rest for the participants."""
-    return np.random.default_rng(0).permutation(len(images["train_labels"]))
-
-
-def share_of(images, chosen):
-    return images["train_images"][chosen].float() / 255, images["train_labels"][chosen]
-
-
-def pool_of(images, seed: int) -> np.ndarray:
-    """The images that are not for the warm-up in this seed's order: participants get the first of them."""
-    return np.random.default_rng([seed, 1]).permutation(order(images)[WARM_UP_IMAGES:])
-
-
-def shares(images, crowd: Crowd, seed: int) -> list:
-    """Images in [0, 1] and labels of every participant; 500 on the average."""
-    pool = pool_of(images, seed)[: IMAGES * crowd.participants]
-    labels = images["train_labels"][pool].numpy()
-    parts = private_attributes.partition(labels, crowd.participants, crowd.alpha, seed)
-    return [share_of(images, pool[part]) for part in parts]
-
-
-def test_loaders(images) -> list:
-    """Test images, and those that are not of the target class with the trigger."""
-    chosen = np.random.default_rng(3).permutation(len(images["test_labels"]))[:TEST_IMAGES]  # they lie there by class
-    pixels, labels = images["test_images"][chosen].float() / 255, images["test_labels"][chosen]
-    others = labels != TARGET
-    triggered = private_attributes.add_trigger(pixels[others])
-    wanted = torch.full_like(labels[others], TARGET)
-    return [private_attributes.as_loader(*pair, 256) for pair in ((pixels, labels), (triggered, wanted))]
-
-
-# --- Training -------------------------------------------------------------------------------------------------
-
-
-def config_of(crowd: Crowd, **changes):
-    return replace(experiment.demo, hidden=crowd.hidden, width=crowd.width, **{"local_epochs": 1, **changes})
-
-
-def warm_model(images, crowd: Crowd):
-    """The global model from which all rounds with this net start, trained once."""
-    config = config_of(crowd, local_epochs=WARM_UP_EPOCHS)
-    model = experiment.initial_model(config)
-    path = CACHE / f"global-{crowd.width}-{crowd.hidden}.safetensors"
-    if not path.exists():
-        torch.manual_seed(0)
-        mine = share_of(images, order(images)[:WARM_UP_IMAGES])
-        experiment.train(model, private_attributes.as_loader(*mine, 32, shuffle=True), config, "cpu")
-        save_atomically(model.state_dict(), path)
-    model.load_state_dict(load_file(path))
-    return model
-
-
-class View(NamedTuple):
-    """What a validator sees of `M` models: distances `(metric, S, M, L)`, labels `(S,)`, responses `(stamp, M, C)`."""
-
-    distances: np.ndarray
-    labels: np.ndarray
-    responses: np.ndarray
-
-    def of(self, models):
-        """The same of some of the models."""
-        return View(self.distances[:, :, models], self.labels, self.responses[:, models])
-
-    def suspects(self, own: int, rule: str) -> set[int]:
-        found = set(experiment.verdict(self.distances, self.labels, own, rule, experiment.METRICS))
-        return experiment.provoked(self.responses, own, found) if rule == "crowd" else found
-
-
-class Trained:
-    """A crowd after one round of training; what was trained and seen before is read from the cache.
-
-    `state(role)` is the model that a participant sends in a role, rounded as on the wire.
-    """
-
-    def __init__(self, images, crowd: Crowd, seed: int):
-        self.crowd, self.seed, self.config = crowd, seed, config_of(crowd)
-        self.global_model = warm_model(images, crowd)
-        self.reference = self.global_model.state_dict()
-        self.shares = shares(images, crowd, seed)
-        self.folder = CACHE / f"{crowd.participants}-{crowd.alpha or 'iid'}-{crowd.width}-{crowd.hidden}-{seed}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def state(self, role: Role) -> dict:
-        path = self.folder / f"{role.participant}-{role.pdr:g}.update"
-        if not path.exists():
-            path.with_suffix(".part").write_bytes(self.packed(self.train(role)))
-            path.with_suffix(".part").replace(path)
-        state = experiment.unpack_update(path.read_bytes(), self.reference)
-        if role.scale == 1:
-            return state
-        adversary = private_attributes.Backdoor(private_attributes.Attack(scale=role.scale), None)
-        return experiment.unpack_update(self.packed(adversary.update(1, state, self.reference)), self.reference)
-
-    def packed(self, state: dict) -> bytes:
-        return experiment.pack_update(state, self.reference, self.config.update_dtype)
-
-    def train(self, role: Role) -> dict:
-        return train_one(self.global_model, self.shares[role.participant], role, self.seed, self.config)
-
-    def views(self, roles: list[Role]) -> dict:
-        """reference → validator → what it sees of the models in these roles, a `View`."""
-        path, names = self.folder / "views.npz", [f"{r.participant}-{r.pdr:g}-{r.scale:g}" for r in roles]
-        if not path.exists() or set(names) - set(np.load(path)["roles"]):
-            np.savez(path.with_suffix(".part.npz"), roles=names, **self.inspect(roles))
-            path.with_suffix(".part.npz").replace(path)
-        kept = np.load(path)
-        columns = [kept["roles"].tolist().index(name) for name in names]
-        cut = functools.partial(np.split, indices_or_sections=kept["borders"])
-        labels, responses = cut(kept["labels"]), kept["responses"][:, :, columns]
-        return {
-            name: [View(*seen) for seen in zip(cut(kept[name][:, :, columns], axis=1), labels, responses, strict=True)]
-            for name in ("G", "random")
-        }
-
-    def validation_loaders(self) -> list:
-        """The images on which each participant inspects the models."""
-        return [validation_loader(share, self.seed, p) for p, share in enumerate(self.shares)]
-
-    def inspect(self, roles: list[Role]) -> dict:
-        """What all participants see when they inspect the models, a few models at a time."""
-        batches = [list(loader) for loader in self.validation_loaders()]
-        counts = [sum(len(labels) for _, labels in mine) for mine in batches]
-        everyones = [batch for mine in batches for batch in mine]
-        looks = {"G": self.global_model, "random": experiment.initial_model(config_of(self.crowd, seed=self.seed))}
-        views, responses = {name: [] for name in looks}, []
-        for first in range(0, len(roles), AT_ONCE):
-            group = [experiment.with_state(self.global_model, self.state(r)) for r in roles[first : first + AT_ONCE]]
-            for name, reference in looks.items():
-                views[name].append(experiment.hidden_distances(reference, group, everyones, "cpu")[0])
-            responses.append(np.stack([stamp(self.global_model, group, mine) for mine in batches]))
-        labels = torch.cat([labels for _, labels in everyones]).numpy()
-        distances = {name: np.concatenate(parts, axis=2) for name, parts in views.items()}
-        borders = np.cumsum(counts)[:-1]
-        return distances | {"labels": labels, "borders": borders, "responses": np.concatenate(responses, axis=2)}
-
-
-def stamp(global_model, models, batches) -> np.ndarray:
-    """Responses `(stamp, M, C)` to stamps on the first of the images."""
-    return experiment.stamp_responses(global_model, models, batches[0][0][: experiment.STAMPED], "cpu")
-
-
-def train_one(global_model, share, role: Role, seed: int, config) -> dict:
-    """The state dict after local training on the participant's images, poisoned if the role says so."""
-    data = private_attributes.poison(*share, TARGET, role.pdr, seed) if role.pdr else share
-    model = copy.deepcopy(global_model)
-    torch.manual_seed(1000 * seed + role.participant)
-    experiment.train(model, private_attributes.as_loader(*data, 32, shuffle=True), config, "cpu")
-    return model.state_dict()
-
-
-def validation_loader(share, seed: int, participant: int):
-    """The images on which a participant inspects the models."""
-    chosen = np.random.default_rng([seed, 2, participant]).permutation(len(share[1]))[:INSPECTED]
-    return private_attributes.as_loader(share[0][chosen], share[1][chosen], 64)
+PARTS = {
+    "triggers": triggers,
+    "scales": scales,
+    "shares": shares_of_attackers,
+    "evasions": evasions,
+    "full": full_net,
+}
 
 
 # --- Judging --------------------------------------------------------------------------------------------------
 
 
-def ballots(views: list[View], setting: Setting, rule: str) -> np.ndarray:
-    """Votes `(voter, model)`, 1 for benign; false voters vote for the attackers and against everybody else."""
-    rows = []
-    for voter, view in enumerate(views):
-        found = view.suspects(voter, rule)
-        if voter in setting.attackers and setting.false_votes:
-            found = set(range(len(views))) - setting.attackers
-        rows.append([int(model not in found) for model in range(len(views))])
+class Inspected:
+    """A crowd whose models are inspected once by each participant; `seen` is what one sees of some states."""
+
+    def __init__(self, folder: Path, crowd: Crowd, seed: int):
+        self.trained = Trained(load_images(folder), crowd, seed)
+        self.loaders = [list(validation_loader(share, seed, p)) for p, share in enumerate(self.trained.shares)]
+        self.views = {}
+
+    def look(self, validator: int, states: list[dict]):
+        models = [experiment.with_state(self.trained.global_model, state) for state in states]
+        return experiment.look(self.trained.global_model, models, self.loaders[validator], "cpu", "paper")
+
+    def seen(self, validator: int, roles, states: list[dict]):
+        """What the validator sees of these states; those of roles without an evasion are looked at only once."""
+        new = [role for role in roles if (validator, role) not in self.views]
+        if new:
+            found = self.look(validator, [states[roles.index(role)] for role in new])
+            self.views |= {(validator, role): found.of([i]) for i, role in enumerate(new)}
+        return experiment.joined([self.views[validator, role] for role in roles])
+
+
+def rules() -> dict:
+    """Name → what it makes of a `Seen` and the validator's index: the two rules, and the default's ablations."""
+    kinds = {kind for group in KINDS.values() for kind in group}
+
+    def without(*missing):
+        def judge(seen, own):
+            neutral = experiment.no_evidence(len(seen.lengths))
+            evidence = experiment.evidence(of_default(seen), own)
+            return experiment.flagged(evidence._replace(**{kind: getattr(neutral, kind) for kind in missing}), own)
+
+        return judge
+
+    ablations = {f"without {name}": without(*group) for name, group in KINDS.items()}
+    ablations |= {f"{name} alone": without(*kinds - set(group)) for name, group in KINDS.items()}
+    return {
+        "crowd": lambda seen, own: experiment.vote(of_default(seen), own),
+        "paper": lambda seen, own: experiment.vote(seen, own, "paper"),
+    } | ablations
+
+
+def of_default(seen):
+    """The same by the metrics of the default rule."""
+    wanted = [experiment.METRICS.index(metric) for metric in experiment.LOOKS_AT["crowd"]]
+    return seen._replace(distances=seen.distances[wanted])
+
+
+def ballots(views: dict, setting: Setting, judge) -> np.ndarray:
+    """Votes `(voter, model)`, 1 for benign."""
+    everyone, rows = set(range(setting.crowd.participants)), []
+    for voter in sorted(everyone):
+        found = everyone - setting.malicious if voter in setting.malicious else judge(views[voter], voter)
+        rows.append([int(model not in found) for model in sorted(everyone)])
     return np.array(rows)
 
 
-def verdicts(setting: Setting, views: dict) -> dict:
-    """Who accepts whom: rule → bool `(model,)`; also plain FedAvg, and the oracle that accepts the honest models."""
-    judges = {rule: (rule, "G") for rule in experiment.RULES}
-    if "random" in views:
-        judges["paper, random reference"] = "paper", "random"
-    found = {
-        name: experiment.stacked_clustering(ballots(views[reference], setting, rule), rule)
-        for name, (rule, reference) in judges.items()
-    }
-    everyone = range(setting.crowd.participants)
-    return found | {
+def rows_of(folder: Path, inspected: Inspected, setting: Setting, accuracy: bool) -> list[dict]:
+    """A row for each rule, and for the oracle and plain FedAvg."""
+    trained, everyone = inspected.trained, range(setting.crowd.participants)
+    roles, states = [(*role_key(role), setting.evasion) for role in setting.roles], states_of(trained, setting)
+    views = {v: inspected.seen(v, roles, states) for v in everyone if v not in setting.malicious}
+    accepted = {name: experiment.stacked_clustering(ballots(views, setting, judge)) for name, judge in rules().items()}
+    accepted["paper"] = experiment.stacked_clustering(ballots(views, setting, rules()["paper"]), "paper")
+    accepted |= {
         "plain FedAvg": np.ones(len(everyone), dtype=bool),
-        "oracle": np.array([m not in setting.attackers for m in everyone]),
+        "oracle": np.array([m not in setting.malicious for m in everyone]),
     }
+    rows, lengths = [], next(iter(views.values())).lengths
+    for name, trusted in accepted.items():
+        row = flat(setting) | {"seed": trained.seed, "rule": name} | rates(trusted, setting)
+        if accuracy and name in ("crowd", "paper", "plain FedAvg", "oracle"):
+            taken = [states[m] for m in np.flatnonzero(trusted)]
+            if name in ("crowd", "oracle") and taken:
+                taken = [experiment.clipped_avg(taken, trained.reference, float(np.median(lengths)), trained.layers)]
+            row |= measure(folder, trained.global_model, taken, setting.trigger)
+        rows.append(row)
+    return rows
 
 
-def rows_of(folder: Path, crowd: Crowd, seed: int, points: list[Setting]) -> list[dict]:
-    """All rows of a crowd: one a setting and rule."""
-    started = time.perf_counter()
-    torch.set_num_threads(1)
-    images = load_images(folder)
-    trained, tests = Trained(images, crowd, seed), test_loaders(images)
-    roles = list(dict.fromkeys(role for setting in points for role in setting.roles))
-    measured, rows = {}, []
-    trained.views(roles)  # all at once
-    for setting in points:
-        for name, accepted in verdicts(setting, trained.views(setting.roles)).items():
-            taken = tuple(role for role, is_in in zip(setting.roles, accepted, strict=True) if is_in)
-            if taken not in measured:
-                measured[taken] = measure(trained, taken, tests)
-            rows.append(flat(setting) | {"seed": seed, "rule": name} | rates(accepted, setting) | measured[taken])
-    seconds = round(time.perf_counter() - started)
-    return [row | {"crowd_seconds": seconds} for row in rows]
+def role_key(role) -> tuple:
+    return role.participant, role.trigger, role.pdr, role.scale
 
 
-def flat(setting: Setting) -> dict:
-    values = asdict(setting)
-    return values.pop("crowd") | values
+def states_of(trained: Trained, setting: Setting) -> list[dict]:
+    """What everybody sends."""
+    states = [trained.state(role) for role in setting.roles]
+    if setting.evasion:
+        from attackers import evade
+
+        states[-setting.attackers :] = evade(trained, setting)
+    return states
 
 
 def rates(accepted, setting: Setting) -> dict:
     """TPR, None without attackers, and TNR."""
-    honest = [m for m in range(len(accepted)) if m not in setting.attackers]
-    tpr = np.mean([not accepted[m] for m in setting.attackers]) if setting.attackers else None
+    honest = [m for m in range(len(accepted)) if m not in setting.malicious]
+    tpr = np.mean([not accepted[m] for m in setting.malicious]) if setting.malicious else None
     return {"tpr": tpr, "tnr": np.mean([accepted[m] for m in honest])}
 
 
-def measure(trained: Trained, taken, tests) -> dict:
-    """Main-task and backdoor accuracy of the average of these models; of the old global model without any."""
-    state = experiment.fed_avg([trained.state(role) for role in taken]) if taken else trained.reference
-    model = experiment.with_state(trained.global_model, state)
-    main, backdoor = (experiment.accuracy(model, test, "cpu") for test in tests)
-    return {"main": main, "backdoor": backdoor}
-
-
 # --- All of them ----------------------------------------------------------------------------------------------
-
-
-def run(folder: Path, seeds, workers: int) -> None:
-    """Appends what is missing in the CSV, crowd after crowd, a process and a thread each."""
-    known, missing = done(RESULTS, *KEY), {}
-    for setting in settings():
-        for seed in seeds:
-            if key(setting, seed) not in known:
-                missing.setdefault((seed, setting.crowd), []).append(setting)
-    for crowd in {(crowd.width, crowd.hidden): crowd for _, crowd in missing}.values():
-        warm_model(load_images(folder), crowd)
-    narrow_first = sorted(missing, key=lambda job: (job[1].width, job[0]))
-    with ProcessPoolExecutor(workers) as pool:
-        jobs = [pool.submit(rows_of, folder, crowd, seed, missing[seed, crowd]) for seed, crowd in narrow_first]
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="crowds x seeds"):
-            append(RESULTS, job.result())
-
 
 KEY = (*flat(Setting()), "seed")  # the columns that tell one round from another
 
@@ -381,81 +209,48 @@ def key(setting: Setting, seed: int) -> tuple:
     return tuple(value or 0 for value in (flat(setting) | {"seed": seed}).values())
 
 
-# --- What is there ----------------------------------------------------------------------------------------------
-
-RATES = ["tpr", "tnr", "main", "backdoor"]
-HARMLESS = 0.02  # above the oracle's backdoor accuracy
-
-
-def label(row) -> str:
-    partition = "IID" if pd.isna(row.alpha) else f"Dirichlet {row.alpha:g}"
-    attack = f"PMR {row.pmr:g}, PDR {row.pdr:g}, {'scaled' if row.scaled else 'unscaled'}" if row.pmr else "no attack"
-    votes = "" if row.false_votes else ", honest votes"
-    return f"{row.participants:2d}, {partition}, {attack}{votes}" + (", full net" if row.width == 64 else "")
-
-
-def results() -> pd.DataFrame:
-    """All rows; `over_oracle` is the backdoor accuracy and `under_oracle` the main-task accuracy against the oracle's,
-    `harmless` says that an attacker was let in and the backdoor stayed within two points."""
-    rows = pd.read_csv(RESULTS)
-    rows["setting"] = [label(row) for row in rows.itertuples()]
-    oracle = rows[rows.rule == "oracle"].set_index(["setting", "seed"])
-    at = pd.MultiIndex.from_frame(rows[["setting", "seed"]])
-    rows["over_oracle"] = rows["backdoor"].to_numpy() - oracle["backdoor"].loc[at].to_numpy()
-    rows["under_oracle"] = oracle["main"].loc[at].to_numpy() - rows["main"].to_numpy()
-    rows["harmless"] = (rows["tpr"] < 1) & (rows["over_oracle"] <= HARMLESS)
-    return rows
-
-
-def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean and half of the 95 % interval (Student's t) over the seeds, a line a setting and rule."""
-    groups = rows.groupby(["setting", "rule"], sort=False)
-    count = groups["seed"].count()
-    half = groups[RATES].sem().mul(stats.t.ppf(0.975, (count - 1).clip(lower=1)), axis=0)
-    counts = pd.DataFrame({"seeds": count, "harmless": groups["harmless"].sum()})
-    return pd.concat({"mean": groups[RATES].mean(), "±": half, "": counts}, axis=1).round(3)
-
-
-def markdown(rows: pd.DataFrame) -> str:
-    """A line a setting: TPR and TNR of each rule, then main-task and backdoor accuracy; means over the seeds."""
-    means = table(rows)["mean"].unstack("rule", sort=False)
-    line = pd.DataFrame({"seeds": rows.groupby("setting", sort=False)["seed"].nunique()})
-    for rule in ("crowd", "paper", "paper, random reference"):
-        pairs = zip(means["tpr", rule], means["tnr", rule], strict=True)
-        line[f"TPR / TNR, {rule}"] = [" / ".join("–" if pd.isna(x) else f"{x:.1%}" for x in pair) for pair in pairs]
-    for kind in ("main", "backdoor"):
-        for rule in ("plain FedAvg", "paper", "crowd", "oracle"):
-            line[f"{kind}, {rule}"] = means[kind, rule].map("{:.1%}".format)
-    return line.reset_index().to_markdown(index=False, disable_numparse=True)
-
-
-def heat_map(summary: pd.DataFrame, path: Path) -> None:
-    """TPR and TNR of every setting and rule."""
-    means = summary["mean"].drop(index=["plain FedAvg", "oracle"], level="rule")
-    height = 1.5 + 0.24 * len(means.unstack())
-    figure, axes = plt.subplots(1, 2, figsize=(12, height), sharey=True, layout="constrained")
-    for axis, score in zip(axes, ("tpr", "tnr"), strict=True):
-        values = means[score].unstack("rule", sort=False)
-        axis.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-        axis.set_xticks(range(values.shape[1]), [name.replace(", ", ",\n") for name in values.columns])
-        axis.set_yticks(range(values.shape[0]), values.index, fontsize=8)
-        axis.set_title(score.upper())
-        for (row, column), value in np.ndenumerate(values):
-            axis.text(column, row, "–" if np.isnan(value) else f"{value:.0%}", ha="center", va="center", fontsize=7)
-    figure.savefig(path, dpi=110)
+def run(folder: Path, settings: list[Setting], seeds, path: Path, accuracy: bool = True) -> None:
+    """Appends what is missing in the CSV, crowd after crowd."""
+    known, missing = done(path, *KEY), {}
+    for seed in seeds:
+        for setting in settings:
+            if key(setting, seed) not in known:
+                missing.setdefault((seed, setting.crowd), []).append(setting)
+    path.parent.mkdir(exist_ok=True)
+    with tqdm(total=sum(map(len, missing.values())), desc=path.stem) as progress:
+        for (seed, crowd), mine in missing.items():
+            inspected = Inspected(folder, crowd, seed)
+            for setting in mine:
+                started = time.perf_counter()
+                rows = rows_of(folder, inspected, setting, accuracy)
+                seconds = round(time.perf_counter() - started, 1)
+                append(path, [row | {"seconds": seconds} for row in rows])
+                progress.update()
 
 
 def main():
-    parser = arguments(__doc__, seeds=5)
+    parser = arguments(__doc__, parallel=False)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*JUDGING])
+    parser.add_argument("--results", type=Path, default=RESULTS / "detection.csv")
+    parser.add_argument("--rates-only", action="store_true", help="no accuracies, which take most of the time")
     parser.add_argument("--table", action="store_true", help="run nothing, show what is there")
     args = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = [setting for part in args.parts for setting in PARTS[part]()]
     if not args.table:
-        run(args.folder, range(args.seeds), args.workers)
-    rows = results()
-    summary = table(rows)
-    print(summary.to_string())
-    RESULTS.with_suffix(".md").write_text(markdown(rows) + "\n")
-    heat_map(summary, RESULTS.with_suffix(".png"))
+        run(args.folder, settings, args.seeds, args.results, not args.rates_only)
+    print(table(args.results).to_string())
+
+
+def table(path: Path) -> pd.DataFrame:
+    """Mean and half of the 95 % interval (Student's t) over the seeds, a line a setting and rule."""
+    rows = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    groups = rows.groupby([*flat(Setting()), "rule"], sort=False, dropna=False)
+    scores = ["tpr", "tnr", *({"main", "backdoor"} & set(rows))]
+    count = groups["seed"].count()
+    half = groups[scores].sem().mul(stats.t.ppf(0.975, (count - 1).clip(lower=1)), axis=0)
+    return pd.concat({"mean": groups[scores].mean(), "±": half}, axis=1).round(3)
 
 
 if __name__ == "__main__":

@@ -261,6 +261,7 @@ class Trained:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.global_model = warm_model(images, crowd) if crowd.round == 1 else self.later_model(images)
         self.reference = self.global_model.state_dict()
+        self.layers = experiment.middle_layers(self.global_model)
 
     def later_model(self, images):
         """The global model after the rounds before this one."""
