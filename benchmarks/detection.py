@@ -44,10 +44,15 @@ PARTITIONS = (None, 0.5)
 
 
 def triggers() -> list[Setting]:
-    """Every trigger, by two and by four of ten, as trained and by model replacement; and the faintest attack."""
-    crowds = [Setting(Crowd(alpha=alpha), attackers=k, scale=s) for alpha in PARTITIONS for k in (2, 4) for s in (1, 0)]
-    faint = [replace(setting, pdr=0.1) for setting in crowds if setting.scale == 1]
+    """Every trigger, by two and by four of ten; and the faintest attack."""
+    crowds = [Setting(Crowd(alpha=alpha), attackers) for alpha in PARTITIONS for attackers in (2, 4)]
+    faint = [replace(setting, pdr=0.1) for setting in crowds]
     return [replace(setting, trigger=trigger) for setting in crowds for trigger in TRIGGERS] + faint
+
+
+def replaced() -> list[Setting]:
+    """The same by model replacement: updates scaled by 1/PMR."""
+    return [replace(setting, scale=0) for setting in triggers() if setting.pdr == 0.5]
 
 
 def scales() -> list[Setting]:
@@ -90,9 +95,11 @@ def full_net() -> list[Setting]:
 
 PARTS = {
     "triggers": triggers,
+    "orthogonal": lambda: [setting for setting in evasions() if setting.evasion == "orthogonal"],
+    "replaced": replaced,
     "scales": scales,
     "shares": shares_of_attackers,
-    "evasions": evasions,
+    "evasions": lambda: [setting for setting in evasions() if setting.evasion != "orthogonal"],
     "full": full_net,
 }
 
@@ -167,14 +174,17 @@ def rows_of(folder: Path, inspected: Inspected, setting: Setting, accuracy: bool
         "plain FedAvg": np.ones(len(everyone), dtype=bool),
         "oracle": np.array([m not in setting.malicious for m in everyone]),
     }
-    rows, lengths = [], next(iter(views.values())).lengths
+    limit, measured, rows = float(np.median(next(iter(views.values())).lengths)), {}, []
     for name, trusted in accepted.items():
         row = flat(setting) | {"seed": trained.seed, "rule": name} | rates(trusted, setting)
         if accuracy and name in ("crowd", "paper", "plain FedAvg", "oracle"):
-            taken = [states[m] for m in np.flatnonzero(trusted)]
-            if name in ("crowd", "oracle") and taken:
-                taken = [experiment.clipped_avg(taken, trained.reference, float(np.median(lengths)), trained.layers)]
-            row |= measure(folder, trained.global_model, taken, setting.trigger)
+            clipped, taken = name in ("crowd", "oracle"), np.flatnonzero(trusted)
+            if (what := (clipped, *taken)) not in measured:
+                states_taken = [states[m] for m in taken]
+                if clipped and len(taken):
+                    states_taken = [experiment.clipped_avg(states_taken, trained.reference, limit, trained.layers)]
+                measured[what] = measure(folder, trained.global_model, states_taken, setting.trigger)
+            row |= measured[what]
         rows.append(row)
     return rows
 

@@ -2,67 +2,63 @@
 
     python benchmarks/false_alarms.py ~/cifar10
 
-Forty honest participants train from the global model of `detection.py` and inspect each other. What a validator sees of
-a model does not depend on who else is there, so every choice of 4, 5, 6, 10 or 20 of the forty is a round of its own.
-One line a partition, size and rule goes to `benchmarks/false_alarms.csv`.
+Forty honest participants train from the warmed-up global model and inspect each other. What a validator sees of a model
+does not depend on who else is there, so every choice of 4, 5, 6, 10 or 20 of the forty is a round of its own. One line
+a seed, partition, size and rule goes to `benchmarks/results/false_alarms.csv`; what is there is not run again.
 """
 
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from common import ROOT, append, arguments, done
-from detection import Crowd, Role, Trained, experiment, load_images, warm_model
+from common import append, arguments, done
+from detection import RESULTS, Inspected, rules
+from rounds import Crowd, Role, experiment
 from tqdm import tqdm
 
 POOL = 40
 SIZES = (4, 5, 6, 10, 20)
 ROUNDS = 500
-SEED = 0
-RESULTS = ROOT / "benchmarks" / "false_alarms.csv"
+JUDGES = ("crowd", "paper")
 
 
-def rounds(folder: Path, alpha: float | None, size: int, rule: str) -> dict:
+def everything(folder: Path, alpha: float | None, seed: int) -> list:
+    """What each of the forty sees of all of them."""
+    inspected = Inspected(folder, Crowd(POOL, alpha), seed)
+    states = [inspected.trained.state(Role(p)) for p in range(POOL)]
+    return [inspected.look(p, states) for p in tqdm(range(POOL), desc=f"inspections, {alpha or 'IID'}, {seed}")]
+
+
+def score(views: list, size: int, rule: str, seed: int) -> dict:
     """How many of 500 rounds exclude nobody, and the share of models accepted."""
-    torch.set_num_threads(1)
-    trained = Trained(load_images(folder), Crowd(POOL, alpha), SEED)
-    everything = trained.views([Role(p) for p in range(POOL)])["G"]
-    rng, accepted = np.random.default_rng([SEED, size]), []
+    rng, accepted, judge = np.random.default_rng([seed, size]), [], rules()[rule]
     for _ in range(ROUNDS):
-        members = rng.choice(POOL, size, replace=False)
+        members = np.sort(rng.choice(POOL, size, replace=False))
         ballots = np.ones((size, size), dtype=int)
         for voter, member in enumerate(members):
-            ballots[voter, list(everything[member].of(members).suspects(voter, rule))] = 0
+            ballots[voter, list(judge(views[member].of(members), voter))] = 0
         accepted.append(experiment.stacked_clustering(ballots, rule).mean())
-    scores = {"quiet": np.mean(np.array(accepted) == 1).round(4), "tnr": np.mean(accepted).round(4)}
-    return {"alpha": alpha, "participants": size, "rule": rule, "rounds": ROUNDS} | scores
-
-
-def look_at_each_other(folder: Path, alpha: float | None) -> None:
-    """Fills the cache."""
-    torch.set_num_threads(1)
-    Trained(load_images(folder), Crowd(POOL, alpha), SEED).views([Role(p) for p in range(POOL)])
-
-
-def missing() -> list[tuple]:
-    """What is not in the CSV yet, the quick rule first."""
-    jobs = [(alpha, size, rule) for rule in experiment.RULES for size in SIZES for alpha in (None, 0.5)]
-    known = done(RESULTS, "alpha", "participants", "rule")
-    return [job for job in jobs if (job[0] or 0, *job[1:]) not in known]
+    return {"quiet": np.mean(np.array(accepted) == 1).round(4), "tnr": np.mean(accepted).round(5)}
 
 
 def main():
-    args = arguments(__doc__).parse_args()
-    warm_model(load_images(args.folder), Crowd(POOL))
-    with ProcessPoolExecutor(args.workers) as pool:
-        for job in [pool.submit(look_at_each_other, args.folder, alpha) for alpha in (None, 0.5)]:
-            job.result()
-        jobs = [pool.submit(rounds, args.folder, *job) for job in missing()]
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="partitions x sizes x rules"):
-            append(RESULTS, [job.result()])
-    print(pd.read_csv(RESULTS).sort_values(["rule", "alpha", "participants"]).to_string(index=False))
+    parser = arguments(__doc__, parallel=False)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10])
+    parser.add_argument("--judges", nargs="+", choices=JUDGES, default=["crowd"])
+    parser.add_argument("--results", type=Path, default=RESULTS / "false_alarms.csv")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.results.parent.mkdir(exist_ok=True)
+    known = done(args.results, "seed", "alpha", "participants", "rule")
+    for seed in args.seeds:
+        for alpha in (0.5, None):
+            missing = [(n, r) for n in SIZES for r in args.judges if (seed, alpha or 0, n, r) not in known]
+            views = everything(args.folder, alpha, seed) if missing else []
+            for size, rule in tqdm(missing, desc="sizes x rules"):
+                where = {"seed": seed, "alpha": alpha, "participants": size, "rule": rule, "rounds": ROUNDS}
+                append(args.results, [where | score(views, size, rule, seed)])
+    print(pd.read_csv(args.results).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""Attacks too faint for one round, repeated for ten: real CIFAR-10, ten participants, a tenth of the attackers' data
-poisoned, updates unscaled; and ten rounds without an attack.
+"""Ten rounds in a row: real CIFAR-10, ten participants; a faint attack (a tenth of the data of two attackers poisoned,
+updates unscaled), a single attacker, and none.
 
     python benchmarks/ten_rounds.py ~/cifar10
 
-Each round is judged by rule `crowd`, whose validators remember the rounds before, beside the oracle that averages the
-honest models and plain FedAvg, each with a global model of its own. Attackers draw in every round anew which of their
-images they poison; models are averaged and inspected as they are, not rounded as on the wire. One line a round goes to
-`benchmarks/ten_rounds.csv`, beside it a picture; what is there is not run again.
+Each round is judged by the default rule, whose validators remember what was sent before, beside the oracle that
+averages the honest models and plain FedAvg, each with a global model of its own. Attackers draw in every round anew
+which of their images they poison. One line a round goes to `benchmarks/results/ten_rounds.csv`, beside it a picture;
+what is there is not run again.
 """
 
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,16 +17,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import ROOT, append, arguments, done
-from detection import (
+from common import append, arguments, done
+from detection import RESULTS, rates
+from rounds import (
     Crowd,
     Setting,
     config_of,
     experiment,
     load_images,
-    rates,
+    measure,
     shares,
-    test_loaders,
     train_one,
     validation_loader,
     warm_model,
@@ -36,89 +35,102 @@ from tqdm import tqdm
 
 matplotlib.use("Agg")
 ROUNDS = 10
-RESULTS = ROOT / "benchmarks" / "ten_rounds.csv"
+PARTS = {
+    "faint": Setting(pdr=0.1),
+    "quiet": Setting(attackers=0, trigger="", pdr=0),
+    "single": Setting(attackers=1),
+}
 
 
-def settings() -> list[Setting]:
-    """The faintest attack, and none."""
-    faint = Setting(pdr=0.1, scaled=False)
-    return [replace(faint, crowd=Crowd(alpha=alpha), pmr=pmr) for pmr in (0.25, 0) for alpha in (None, 0.5)]
+def settings(parts) -> list[Setting]:
+    return [replace(PARTS[part], crowd=Crowd(alpha=alpha)) for part in parts for alpha in (None, 0.5)]
 
 
 def defences(setting: Setting) -> tuple:
-    return ("crowd", "oracle", "plain FedAvg") if setting.attackers else ("crowd", "oracle")
+    return ("crowd", "oracle", "plain FedAvg") if setting.attackers else ("crowd",)
 
 
-def ballots(global_model, models, datasets, setting: Setting, memories: list) -> list:
-    """Votes `(voter, model)` of one round; `memories` is what each validator remembers, and is brought up to date."""
+def ballots(global_model, models, loaders, setting: Setting, pasts: list) -> np.ndarray:
+    """Votes `(voter, model)` of one round; `pasts` is what each validator remembers, and is brought up to date."""
     everyone, rows = set(range(len(models))), []
-    for voter, dataset in enumerate(datasets):
-        if voter in setting.attackers:
-            found = everyone - setting.attackers
+    for voter, loader in enumerate(loaders):
+        if voter in setting.malicious:
+            found = everyone - setting.malicious
         else:
-            inspection = experiment.Inspection(dataset, heard=memories[voter])
-            found = inspection.decide(global_model, dict(enumerate(models)), voter, "cpu")
-            memories[voter] = inspection.heard
+            seen = experiment.look(global_model, models, loader, "cpu")
+            found = experiment.vote(seen, voter, "crowd", [pasts[voter].get(m, []) for m in range(len(models))])
+            directions = {m: [layer[m] for layer in seen.directions] for m in range(len(models))}
+            pasts[voter] = experiment.remembered(pasts[voter], directions)
         rows.append([int(model not in found) for model in range(len(models))])
-    return rows
+    return np.array(rows)
 
 
 def play(folder: Path, setting: Setting, seed: int, defence: str) -> list[dict]:
     """Ten rounds from the warmed-up model; a row each."""
-    torch.set_num_threads(1)
     images, config = load_images(folder), config_of(setting.crowd)
     model, mine = warm_model(images, setting.crowd), shares(images, setting.crowd, seed)
-    datasets = [validation_loader(share, seed, p).dataset for p, share in enumerate(mine)]
-    tests, rows, memories = test_loaders(images), [], [{} for _ in mine]
+    loaders = [list(validation_loader(share, seed, p)) for p, share in enumerate(mine)]
+    rows, pasts, layers = [], [{} for _ in mine], experiment.middle_layers(model)
     for number in range(1, ROUNDS + 1):
-        states = [train_one(model, mine[r.participant], r, 100 * number + seed, config) for r in setting.roles]
-        models = [experiment.with_state(model, state) for state in states]
-        accepted = np.array([defence == "plain FedAvg" or m not in setting.attackers for m in range(len(models))])
+        reference = model.state_dict()
+        trained = [train_one(model, mine[r.participant], r, seed + 1_000 * number, config) for r in setting.roles]
+        sent = [experiment.pack_update(state, reference, config.update_dtype) for state in trained]
+        states = [experiment.unpack_update(update, reference) for update in sent]
+        accepted = np.array([defence != "oracle" or m not in setting.malicious for m in range(len(states))])
         if defence == "crowd":
-            accepted = experiment.stacked_clustering(ballots(model, models, datasets, setting, memories))
-        if accepted.any():
-            model = experiment.with_state(model, experiment.fed_avg([states[m] for m in np.flatnonzero(accepted)]))
-        main, backdoor = (experiment.accuracy(model, test, "cpu") for test in tests)
-        where = {"alpha": setting.crowd.alpha, "pmr": setting.pmr, "seed": seed, "defence": defence, "round": number}
-        rows.append(where | rates(accepted, setting) | {"main": main, "backdoor": backdoor})
+            models = [experiment.with_state(model, state) for state in states]
+            accepted = experiment.stacked_clustering(ballots(model, models, loaders, setting, pasts))
+        taken = [states[m] for m in np.flatnonzero(accepted)]
+        if defence != "plain FedAvg" and taken:
+            lengths, _ = experiment.look_at_updates(reference, states, {})
+            taken = [experiment.clipped_avg(taken, reference, np.median(lengths), layers)]
+        model = experiment.with_state(model, experiment.fed_avg(taken)) if taken else model
+        where = {"alpha": setting.crowd.alpha, "attackers": setting.attackers, "pdr": setting.pdr}
+        scores = measure(folder, model, [], setting.trigger)
+        rows.append(where | {"seed": seed, "defence": defence, "round": number} | rates(accepted, setting) | scores)
     return rows
 
 
-def missing(seeds: int) -> list[tuple]:
+def missing(parts, seeds, path: Path) -> list[tuple]:
     """What is not in the CSV yet."""
-    jobs = [(setting, seed, d) for seed in range(seeds) for setting in settings() for d in defences(setting)]
-    known = done(RESULTS, "alpha", "pmr", "seed", "defence")
-    return [(s, seed, d) for s, seed, d in jobs if (s.crowd.alpha or 0, s.pmr, seed, d) not in known]
+    jobs = [(setting, seed, d) for seed in seeds for setting in settings(parts) for d in defences(setting)]
+    known = done(path, "alpha", "attackers", "pdr", "seed", "defence")
+    return [(s, seed, d) for s, seed, d in jobs if (s.crowd.alpha or 0, s.attackers, s.pdr, seed, d) not in known]
 
 
 def picture(rows: pd.DataFrame, path: Path) -> None:
-    """Backdoor accuracy over the rounds of the attack, mean of the seeds and each of them."""
-    attacked = rows[rows["pmr"] > 0].fillna({"alpha": 0})
+    """Backdoor accuracy over the rounds of the faint attack, mean of the seeds and each of them."""
+    attacked = rows[(rows["pdr"] == 0.1) & (rows["attackers"] > 0)].fillna({"alpha": 0})
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")
-    for axis, (alpha, part) in zip(axes, attacked.groupby("alpha"), strict=True):
-        for colour, (defence, runs) in zip(("tab:blue", "tab:green", "tab:red"), part.groupby("defence"), strict=True):
-            by_seed = runs.pivot(index="round", columns="seed", values="backdoor")
-            axis.plot(by_seed, color=colour, linewidth=0.7, alpha=0.5)
-            axis.plot(by_seed.mean(axis=1), color=colour, label=defence)
+    styles = {"plain FedAvg": ("tab:orange", "--"), "crowd": ("tab:blue", "-"), "oracle": ("black", ":")}
+    for axis, (alpha, part) in zip(axes, attacked.groupby("alpha"), strict=False):
+        for defence, (colour, style) in styles.items():
+            by_seed = part[part["defence"] == defence].pivot(index="round", columns="seed", values="backdoor")
+            axis.plot(by_seed, color=colour, linewidth=0.6, alpha=0.5, linestyle=style)
+            axis.plot(by_seed.mean(axis=1), color=colour, linestyle=style, linewidth=2, label=defence)
         axis.set(title=f"Dirichlet {alpha:g}" if alpha else "IID", xlabel="round", ylim=(0, 1))
     axes[0].set_ylabel("backdoor accuracy")
-    axes[0].legend()
+    axes[0].legend(frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def main():
-    args = arguments(__doc__, seeds=2).parse_args()
-    warm_model(load_images(args.folder), Crowd())
-    with ProcessPoolExecutor(args.workers) as pool:
-        jobs = [pool.submit(play, args.folder, *job) for job in missing(args.seeds)]
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="runs of ten rounds"):
-            append(RESULTS, job.result())
-    rows = pd.read_csv(RESULTS)
-    picture(rows, RESULTS.with_suffix(".png"))
-    groups = rows.groupby(["alpha", "pmr", "defence"], dropna=False)[["tpr", "tnr", "main", "backdoor"]]
-    print("all rounds", groups.mean().round(3), sep="\n")
-    last = rows[rows["round"] == ROUNDS].groupby(["alpha", "pmr", "defence"], dropna=False)[["main", "backdoor"]]
-    print("the last", last.agg(["mean", "max"]).round(3), sep="\n")
+    parser = arguments(__doc__, parallel=False)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
+    parser.add_argument("--results", type=Path, default=RESULTS / "ten_rounds.csv")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.results.parent.mkdir(exist_ok=True)
+    for setting, seed, defence in tqdm(missing(args.parts, args.seeds, args.results), desc="runs of ten rounds"):
+        append(args.results, play(args.folder, setting, seed, defence))
+    rows = pd.read_csv(args.results)
+    if ((rows["pdr"] == 0.1) & (rows["attackers"] > 0)).any():
+        picture(rows, args.results.with_suffix(".png"))
+    groups = rows.groupby(["alpha", "attackers", "pdr", "defence"], dropna=False)
+    print("all rounds", groups[["tpr", "tnr", "main", "backdoor"]].mean().round(3).to_string(), sep="\n")
+    last = rows[rows["round"] == ROUNDS].groupby(["alpha", "attackers", "pdr", "defence"], dropna=False)
+    print("the last", last[["main", "backdoor"]].agg(["mean", "max"]).round(3).to_string(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,327 @@
+"""The default rule's evidence: what updates and functions have in common, replays, framing, copies, hostile values."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+OUTPUTS, RANK = 128, 4
+
+
+@pytest.fixture
+def conv_models(experiment):
+    """A global net with middle convolutions and ten local ones; the last three push the same weights further."""
+    config = experiment.Config(hidden=16, width=32)
+    origin = experiment.initial_model(config)
+    generator = torch.Generator().manual_seed(0)
+    shared = {n: torch.randn(v.shape, generator=generator) for n, v in origin.state_dict().items()}
+    models = []
+    for index in range(10):
+        state = {}
+        for name, value in origin.state_dict().items():
+            update = torch.randn(value.shape, generator=generator)
+            if index >= 7 and value.dim() == 4:
+                update = update + 3 * low_rank(shared[name])
+            state[name] = value + 0.002 * update / update.norm() * value.numel() ** 0.5
+        models.append(experiment.with_state(origin, state))
+    return origin, models
+
+
+def low_rank(tensor, rank=4):
+    matrix = tensor.flatten(1)
+    left, strength, right = torch.linalg.svd(matrix, full_matrices=False)
+    cut = left[:, :rank] @ torch.diag(strength[:rank]) @ right[:rank]
+    return (cut / cut.norm() * matrix.norm()).view_as(tensor)
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(40, 3, 32, 32, generator=generator)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(pixels, torch.arange(40) % 10), batch_size=20)
+
+
+def state_with(origin, models, changes):
+    """Models of which some are replaced, index → how its update follows from another's: (index, factor)."""
+    reference, states = origin.state_dict(), [model.state_dict() for model in models]
+    for index, (source, factor) in changes.items():
+        states[index] = {n: reference[n] + factor * (states[source][n] - reference[n]) for n in reference}
+    loaded = [copy.deepcopy(origin) for _ in states]
+    for model, state in zip(loaded, states, strict=True):
+        model.load_state_dict(state)
+    return loaded
+
+
+# --- Principal directions ----------------------------------------------------------------------------------------
+
+
+def test_principal_directions_span_what_a_plain_decomposition_finds(experiment, rng):
+    update = torch.from_numpy(rng.normal(size=(OUTPUTS, 6, 3, 3)))
+    left, _, _ = np.linalg.svd(update.flatten(1).numpy(), full_matrices=False)
+    found = experiment.principal_directions(update)
+    np.testing.assert_allclose(found @ found.T, left[:, :RANK] @ left[:, :RANK].T, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [-1, 1e-20, 1e20])
+def test_neither_sign_nor_scale_enters(experiment, rng, factor):
+    update = torch.from_numpy(rng.normal(size=(OUTPUTS, 54)))
+    once, scaled = (experiment.principal_directions(u)[None] for u in (update, factor * update))
+    assert experiment.overlap([once], [scaled])[0, 0] == pytest.approx(1 - RANK / OUTPUTS)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_what_has_no_directions_is_like_nobody(experiment, value):
+    assert not experiment.principal_directions(torch.full((OUTPUTS, 9), value)).any()
+
+
+def test_an_update_of_lower_rank_has_fewer_directions(experiment):
+    flat = torch.zeros(OUTPUTS, 9)
+    flat[5] = 1
+    found = experiment.principal_directions(flat)
+    assert np.abs(found).sum() == pytest.approx(1) and abs(found[5]).max() == pytest.approx(1)
+
+
+def test_random_updates_overlap_by_chance_only(experiment, rng):
+    some, others = ([np.stack([np.linalg.qr(rng.normal(size=(OUTPUTS, RANK)))[0] for _ in range(200)])] for _ in "ab")
+    assert experiment.overlap(some, others).mean() == pytest.approx(0, abs=2e-3)
+
+
+def test_skew_is_taken_out(experiment, rng):
+    """Two updates that share nothing but the class gradients are not alike without them."""
+    gradient = torch.from_numpy(rng.normal(size=(OUTPUTS * 9, 1)))
+    skew = torch.linalg.qr(gradient)[0]
+    updates = [20 * gradient.view(OUTPUTS, 9) + torch.from_numpy(rng.normal(size=(OUTPUTS, 9))) for _ in range(2)]
+    plain, cleared = ([experiment.principal_directions(u, s)[None] for u in updates] for s in (None, skew))
+    assert experiment.overlap([plain[0]], [plain[1]]) > 3 * experiment.overlap([cleared[0]], [cleared[1]])
+
+
+def test_class_gradients_are_those_of_plain_loops(experiment, conv_models, images):
+    origin, _ = conv_models
+    origin.eval()
+    found = experiment.class_directions(origin, images, "cpu")
+    assert list(found) == experiment.middle_layers(origin) and len(found) == 4
+    name = list(found)[0]
+    pixels, labels = images.dataset.tensors
+    loss = torch.nn.functional.cross_entropy(origin(pixels[labels == 3]), labels[labels == 3], reduction="sum")
+    gradient = torch.autograd.grad(loss, origin.get_parameter(name))[0].flatten()
+    saturated = gradient / (gradient.abs() + experiment.SATURATION * gradient.abs().mean())
+    inside = found[name] @ (found[name].T @ saturated)
+    torch.testing.assert_close(inside, saturated, rtol=1e-2, atol=1e-2)
+
+
+def test_nets_without_wide_middle_convolutions_have_no_directions(experiment, small_models, loader):
+    origin, models = small_models
+    assert experiment.middle_layers(origin) == []
+    seen = experiment.look(origin, models, loader, "cpu")
+    assert seen.directions == []
+    assert experiment.vote(seen, 0) == {4}, "the others' norms and distances are there"
+
+
+# --- Likeness in function ------------------------------------------------------------------------------------------
+
+
+def test_likeness_is_the_cosine_within_classes(experiment, rng):
+    logits, labels = rng.normal(size=(12, 3, 4)), np.arange(12) % 3
+    found = experiment.likeness(logits, labels)
+    rows = logits - logits.mean(2, keepdims=True)
+    rows = rows - np.stack([rows[labels == label].mean(0) for label in labels])
+    a, b = rows[:, 0].ravel(), rows[:, 2].ravel()
+    assert found[0, 2] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_who_says_one_class_more_often_is_like_nobody(experiment):
+    assert not experiment.likeness(np.ones((6, 3, 4)) * np.arange(4), np.zeros(6)).any()
+
+
+# --- Who is kin ----------------------------------------------------------------------------------------------------
+
+
+def planted(models, colluders, level=0.02, shared=0.2):
+    pairs = np.full((models, models), level)
+    pairs[np.ix_(colluders, colluders)] += shared
+    return pairs
+
+
+@pytest.mark.parametrize(("models", "colluders"), [(5, [1, 3]), (10, [2, 7]), (10, [1, 4, 6, 8]), (20, [*range(9)])])
+def test_colluders_are_found_whatever_their_order(experiment, models, colluders):
+    evidence = experiment.no_evidence(models)._replace(kinship=planted(models, colluders))
+    own = models - 1
+    assert experiment.flagged(evidence, own) == set(colluders)
+
+
+@pytest.mark.parametrize("models", [1, 2, 3, 4])
+def test_tiny_crowds_have_no_pairs_to_accuse(experiment, models):
+    """Two can be suspects among five and more."""
+    evidence = experiment.no_evidence(models)._replace(kinship=planted(models, [0, models - 1]))
+    assert experiment.flagged(evidence, 0) == set()
+
+
+def test_more_than_half_are_no_minority_and_own_is_never_accused(experiment, rng):
+    for _ in range(200):
+        models = int(rng.integers(1, 12))
+        pairs = rng.random((models, models))
+        evidence = experiment.Evidence(
+            rng.normal(size=models), rng.normal(size=models), pairs + pairs.T, rng.random(models), rng.random(models)
+        )
+        own = int(rng.integers(models))
+        found = experiment.flagged(evidence, own)
+        assert own not in found and len(found) <= (models - 1) // 2
+
+
+def test_all_equal_accuses_nobody(experiment):
+    assert experiment.flagged(experiment.no_evidence(10), 0) == set()
+    assert experiment.flagged(experiment.no_evidence(10)._replace(kinship=np.full((10, 10), 0.5)), 0) == set()
+
+
+def test_three_who_have_learned_the_same_are_found_on_a_net(experiment, conv_models, images):
+    origin, models = conv_models
+    for own in range(7):
+        assert experiment.validate_models(origin, models, own, images, "cpu") == [7, 8, 9]
+
+
+@pytest.mark.parametrize("factor", [1.5, 2, 4, 10, 1000])
+def test_scaling_is_no_cover_and_drags_nobody_along(experiment, conv_models, images, factor):
+    origin, models = conv_models
+    scaled = state_with(origin, models, {8: (8, factor), 9: (9, factor)})
+    assert experiment.validate_models(origin, scaled, 0, images, "cpu") == [7, 8, 9]
+    alone = state_with(origin, models[:7], {6: (6, factor)})
+    found = experiment.validate_models(origin, alone, 0, images, "cpu")
+    assert found == ([6] if factor > np.exp(experiment.LEAST_NORM) else [])
+
+
+def test_the_effect_at_equal_norm_does_not_depend_on_scale(experiment, rng):
+    ratios, norms = rng.uniform(0.5, 2, (30, 6, 4)), np.array([0, 0.1, -0.1, 0, 0.0, 0])
+    scaled, longer = ratios.copy(), norms.copy()
+    scaled[:, 3] *= 7
+    longer[3] += np.log(7)
+    np.testing.assert_allclose(experiment.effects(scaled, longer), experiment.effects(ratios, norms))
+
+
+# --- Copies, replays, framing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [1, -1, 0.3, 3])
+def test_a_copy_of_this_rounds_update_frames_nobody(experiment, conv_models, images, factor):
+    origin, models = conv_models
+    framed = state_with(origin, models[:7], {6: (2, factor)})
+    for own in (0, 1, 3):
+        assert 2 not in experiment.validate_models(origin, framed, own, images, "cpu")
+
+
+def test_copies_count_as_one_in_the_average(experiment, conv_models):
+    origin, models = conv_models
+    reference, layers = origin.state_dict(), experiment.middle_layers(origin)
+    states = [models[0].state_dict(), models[1].state_dict(), models[1].state_dict(), models[1].state_dict()]
+    found = experiment.clipped_avg(states, reference, 1e9, layers)
+    expected = experiment.fed_avg(states[:2])
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_the_average_is_clipped_and_changes_none_of_the_states(experiment, conv_models):
+    origin, models = conv_models
+    reference, states = origin.state_dict(), [model.state_dict() for model in models[:2]]
+    before = copy.deepcopy(states)
+    found = experiment.clipped_avg(states, reference, 0.01, [])
+    (length,), _ = experiment.look_at_updates(reference, [found], {})
+    assert length <= 0.01
+    assert all(a[n].equal(b[n]) for a, b in zip(states, before, strict=True) for n in a)
+
+
+def history(experiment, seen, rounds=1):
+    past = {}
+    for _ in range(rounds):
+        past = experiment.remembered(past, {m: [d[m] for d in seen.directions] for m in range(len(seen.lengths))})
+    return past
+
+
+@pytest.mark.parametrize("factor", [1, -1, 0.5, 5])
+def test_who_replays_anothers_last_update_is_the_suspect_and_its_victim_is_not(experiment, conv_models, images, factor):
+    """Participant 2 repeats a part of its update, as honest ones do; 6 sends what 2 has sent before, or its negative."""
+    origin, models = conv_models
+    reference, before = origin.state_dict(), experiment.look(origin, models[:7], images, "cpu")
+    past = history(experiment, before)
+    old, fresh = models[2].state_dict(), models[9].state_dict()
+    victim = {n: reference[n] + 0.7 * (fresh[n] - reference[n]) + 0.5 * (old[n] - reference[n]) for n in reference}
+    replay = {n: reference[n] + factor * (old[n] - reference[n]) for n in reference}
+    now = [experiment.with_state(origin, state) for state in (*(m.state_dict() for m in models[3:9]),)]
+    now = [
+        now[0],
+        now[1],
+        experiment.with_state(origin, victim),
+        now[2],
+        now[3],
+        models[0],
+        experiment.with_state(origin, replay),
+    ]
+    seen = experiment.look(origin, now, images, "cpu")
+    evidence = experiment.evidence(seen, 0, [past[m] for m in range(7)])
+    assert evidence.replays[6] > experiment.REPLAY
+    found = experiment.flagged(evidence, 0)
+    assert 6 in found and 2 not in found
+
+
+def test_memory_is_bounded_and_keeps_who_is_away(experiment):
+    past = {}
+    for number in range(25):
+        names = ["a"] if number % 2 else ["a", "b"]
+        past = experiment.remembered(past, {name: [np.full((4, 2), number)] for name in names})
+    assert len(past["a"]) == experiment.MEMORY and len(past["b"]) == experiment.MEMORY
+    assert past["a"][-1][0][0, 0] == 24
+
+
+def test_who_was_wrongly_accused_once_is_judged_anew(experiment):
+    """Nothing about a suspicion is remembered, only what was sent."""
+    accused = experiment.no_evidence(8)._replace(kinship=planted(8, [2, 5]))
+    assert experiment.flagged(accused, 0) == {2, 5}
+    assert experiment.flagged(experiment.no_evidence(8), 0) == set()
+
+
+def test_who_repeats_itself_far_more_than_others_stands_out(experiment):
+    persistence = np.array([0.04, 0.06, 0.05, 0.05, 0.04, 0.3])
+    assert experiment.flagged(experiment.no_evidence(6)._replace(persistence=persistence), 0) == {5}
+
+
+# --- Chunks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [[10], [1, 9], [3, 3, 4], [1] * 10])
+def test_portions_of_models_change_nothing(experiment, conv_models, images, sizes):
+    origin, models = conv_models
+    whole = experiment.look(origin, models, images, "cpu")
+    cuts = np.split(np.arange(10), np.cumsum(sizes)[:-1])
+    parts = experiment.joined([experiment.look(origin, [models[m] for m in cut], images, "cpu") for cut in cuts])
+    np.testing.assert_allclose(parts.distances, whole.distances)
+    np.testing.assert_allclose(parts.logits, whole.logits)
+    assert experiment.vote(parts, 3) == experiment.vote(whole, 3) == {7, 8, 9}
+    assert experiment.vote(whole.of([3, 7, 8, 0, 1, 2]), 0) == {1, 2}
+
+
+def test_votes_do_not_depend_on_the_order_of_models(experiment, conv_models, images, rng):
+    origin, models = conv_models
+    whole = experiment.look(origin, models, images, "cpu")
+    for _ in range(10):
+        order = rng.permutation(10)
+        found = experiment.vote(whole.of(order), int(np.flatnonzero(order == 0)[0]))
+        assert {int(order[m]) for m in found} == {7, 8, 9}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_broken_models_are_suspects_and_drag_nobody_along(experiment, conv_models, images, value):
+    origin, models = conv_models
+    broken = copy.deepcopy(models[6])
+    with torch.no_grad():
+        broken.features[0].weight[0, 0, 0, 0] = value
+    found = experiment.validate_models(origin, [*models[:6], broken, *models[7:]], 0, images, "cpu")
+    assert found == [6, 7, 8, 9]
+
+
+def test_who_has_not_moved_is_nobodys_suspect_and_nobodys_kin(experiment, conv_models, images):
+    origin, models = conv_models
+    assert experiment.validate_models(origin, [*models[:5], origin, origin, *models[7:]], 0, images, "cpu") == [7, 8, 9]
+
+
+def test_own_model_alone(experiment, conv_models, images):
+    origin, models = conv_models
+    assert experiment.validate_models(origin, models[:1], 0, images, "cpu") == []
