@@ -125,7 +125,7 @@ def test_equal_scores_are_not_cut(experiment):
 
 
 @pytest.mark.parametrize("factor", [1.5, 1.8])
-def test_the_crowd_rule_goes_by_the_size_of_the_effect(experiment, factor):
+def test_the_default_rule_goes_by_the_size_of_the_effect(experiment, factor):
     """Ten models whose distances hardly differ: one that is 1.5 times as far is left alone, at 1.8 times it is not."""
     distances = np.random.default_rng(3).uniform(0.98, 1.02, (2, 60, 10, 4))
     distances[:, :, 6] *= factor
@@ -135,20 +135,27 @@ def test_the_crowd_rule_goes_by_the_size_of_the_effect(experiment, factor):
 
 @pytest.mark.parametrize(("scatter", "found"), [(0.02, {3}), (0.25, set())])
 def test_in_a_crowd_that_is_scattered_itself_a_small_effect_says_nothing(experiment, scatter, found):
-    """Three models at -s, 0 and s, one 0.6 above their mean. For s = 0.25 chance alone reaches 0.843, by hand:
-    Student's t at 95 % with two degrees of freedom is 2.920, times s, times the root of 4/3, is 3.372 s."""
-    assert experiment.least_gap(np.array([-scatter, 0, scatter])) == pytest.approx(max(0.5, 3.372 * scatter), abs=1e-3)
+    """Three models at -s, 0 and s, one 0.6 above their mean. For s = 0.25 chance alone reaches 2.01, by hand:
+    Student's t at 99 % with two degrees of freedom is 6.965, times s, times the root of 4/3, is 8.042 s."""
+    bound = experiment.prediction_bound(np.array([-scatter, 0, scatter]), experiment.LEAST_EFFECT)
+    assert bound == pytest.approx(max(0.5, 8.042 * scatter), abs=1e-3)
     factors = np.exp([-scatter, 0, scatter, 0.6])
     matrix = (np.sign(factors - 1) * (factors - 1) ** 2)[:, None]
     assert experiment.suspects(matrix, own=1) == found
 
 
-def test_the_crowd_rule_finds_several_kinds_of_attackers_one_after_the_other(experiment):
+def test_several_kinds_of_attackers_are_cut_off_one_after_the_other(experiment):
     """A first cut takes the two that are far away, a second one the two that they hid."""
     distances = np.random.default_rng(4).uniform(0.95, 1.05, (2, 60, 10, 4))
     distances[:, :, [6, 7]] *= 2
     distances[:, :, [8, 9]] *= 300
     assert experiment.verdict(distances, np.arange(60) % 5, own=0) == [6, 7, 8, 9]
+
+
+def test_everybody_is_judged_by_itself(experiment):
+    """Beside one that is far away, one at 0.3 is no suspect."""
+    values = np.array([0, 0.01, -0.01, 0.02, -0.02, 0.3, 1.0])
+    assert experiment.standing_out(values, own=0, least=0.5) == {6}
 
 
 # --- Hostile models ---------------------------------------------------------------------------------------------
