@@ -30,7 +30,8 @@ lint: .venv/ready
 
 test: lint
 	$(BIN)/pytest
-	$(BIN)/python local/federation.py -- $(BIN)/pytest --nbmake --nbmake-timeout=900 tests/live FederatedCrowdGuard.ipynb
+	$(BIN)/pytest tests/live/test_hostile.py
+	$(BIN)/python local/federation.py -- $(BIN)/pytest --nbmake --nbmake-timeout=900 tests/live/test_live.py FederatedCrowdGuard.ipynb
 
 .venv/ready: requirements.txt envoy/requirements.txt
 	$(PYTHON) -m venv .venv
