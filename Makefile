@@ -10,11 +10,12 @@ CONFIG       ?= demo
 SET          ?=
 ENVOY        ?=
 RESULTS      ?= results
+RESUME       ?=
 
 BIN        := .venv/bin
 FEDERATION := $(BIN)/python local/federation.py --participants $(PARTICIPANTS) --malicious $(MALICIOUS) \
               $(foreach change,$(ENVOY),--set $(change))
-NOTEBOOK   := $(BIN)/python experimenter/run.py --config $(CONFIG) --results $(RESULTS) $(foreach change,$(SET),--set $(change))
+NOTEBOOK   := $(BIN)/python experimenter/run.py --config $(CONFIG) --results $(RESULTS) $(if $(RESUME),--resume $(RESUME)) $(foreach change,$(SET),--set $(change))
 
 .PHONY: run export test lint clean
 
@@ -39,4 +40,4 @@ test: lint
 	touch $@
 
 clean:
-	rm -rf .venv .federation .metaflow generated_workspace results
+	rm -rf .venv .federation .metaflow generated_workspace results runs

@@ -1,6 +1,7 @@
 """A participant's side: whatever goes wrong there is its answer, and it gives up when nobody is there."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
@@ -80,12 +81,14 @@ def test_a_step_that_raises_is_answered_with_the_reason_and_the_next_task_is_tak
 def participant(collaborator):
     """An envoy's part that prepares an experiment, without a director."""
     made = object.__new__(collaborator.Participant)
-    made.name, made.bring = "Amsterdam", lambda: {"data": "images"}
+    made.name, made.bring, made.runs = "Amsterdam", lambda: {"data": "images", "memory": {}}, Path("runs")
     return made
 
 
 def plan(protocol=2):
-    return SimpleNamespace(config={"contract": {"protocol": protocol}, "federated_flow": {"template": "src.flow.Flow"}})
+    return SimpleNamespace(
+        config={"contract": {"protocol": protocol, "run": "one"}, "federated_flow": {"template": "src.flow.Flow"}}
+    )
 
 
 @pytest.fixture
@@ -104,7 +107,8 @@ def test_every_experiment_runs_its_own_code(participant, workspace):
     for number in (1, 2):
         workspace.write_text(f"class Flow:\n    number = {number}\n" + "#" * number)
         flow, private = participant.prepare(plan())
-        assert flow.number == number and private == {"data": "images"}
+        assert flow.number == number
+        assert private == {"data": "images", "memory": {"folder": Path("runs/one")}}
 
 
 @pytest.mark.parametrize("protocol", [1, 3, None])
