@@ -10,11 +10,12 @@ CONFIG       ?= demo
 SET          ?=
 ENVOY        ?=
 RESULTS      ?= results
+RESUME       ?=
 
 BIN        := .venv/bin
 FEDERATION := $(BIN)/python local/federation.py --participants $(PARTICIPANTS) --malicious $(MALICIOUS) \
               $(foreach change,$(ENVOY),--set $(change))
-NOTEBOOK   := $(BIN)/python experimenter/run.py --config $(CONFIG) --results $(RESULTS) $(foreach change,$(SET),--set $(change))
+NOTEBOOK   := $(BIN)/python experimenter/run.py --config $(CONFIG) --results $(RESULTS) $(if $(RESUME),--resume $(RESUME)) $(foreach change,$(SET),--set $(change))
 
 .PHONY: run export test lint clean
 
@@ -30,7 +31,8 @@ lint: .venv/ready
 
 test: lint
 	$(BIN)/pytest
-	$(BIN)/python local/federation.py -- $(BIN)/pytest --nbmake --nbmake-timeout=900 tests/live FederatedCrowdGuard.ipynb
+	$(BIN)/pytest tests/live/test_hostile.py
+	$(BIN)/python local/federation.py -- $(BIN)/pytest --nbmake --nbmake-timeout=900 tests/live/test_live.py FederatedCrowdGuard.ipynb
 
 .venv/ready: requirements.txt envoy/requirements.txt
 	$(PYTHON) -m venv .venv
@@ -38,4 +40,4 @@ test: lint
 	touch $@
 
 clean:
-	rm -rf .venv .federation .metaflow generated_workspace results
+	rm -rf .venv .federation .metaflow generated_workspace results runs

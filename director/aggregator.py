@@ -6,28 +6,33 @@
 | the director reads from the flow | |
 |---|---|
 | `after(step)` | the aggregator's step that takes the answers to a participant's one; no participant chooses it |
-| `round`, `config.patience` | for what is said; seconds after which who has not answered is left out |
+| `round` | for what is said |
+| `config.participant_timeout` | seconds without a heartbeat after which a participant is missing |
+| `config.min_participants` | without so many the run ends; None: more than half |
 | `largest_report(step)` | bytes that an answer to a participant's step may have |
 | `pack_task()` of a participant's clone | what it is sent, as bytes |
-| `history`, `global_model` or `current` | what the notebook gets in the end |
+| `history`, `global_model` or `current` | what the notebook gets in the end, and what is kept after every round |
+| `settings()` | what a run that goes on must have in common with the one that it continues |
 
 | the director puts on | |
 |---|---|
 | `report` of a participant's clone | its answer as it came, bytes; or a text that says why there is none |
+| `history`, `current` of the flow before its first step | those of the run that it continues |
 | the state that the notebook gets | `history`, `traffic`, `error` (None if all went well), and the model's bytes |
 
+A participant's `memory`, one of its private attributes, names the `folder` in which the run may keep something there.
 The flow logs to `LOGGER`; the director shows the notebook what is logged there. At the envoy `take_task(message)` of
 the flow reads what `pack_task` has written, and the flow's step leaves its answer in `report`.
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from logging.handlers import QueueHandler
 from typing import Any
 from urllib.parse import unquote
 
@@ -44,6 +49,7 @@ LOGGER = "FederatedCrowdGuard"
 LONGEST_REASON = 300  # characters of what a participant says went wrong
 WAIT = 5  # seconds a participant's question for a task may wait for one; it asks again
 NEWS = 10  # seconds without a word
+SLOWEST = 10  # times as long as half of the others one may work
 
 log = logging.getLogger(LOGGER)
 
@@ -71,14 +77,21 @@ class State:
 class Aggregator(aggregator.Aggregator):
     """Runs a flow: its own steps here, the others at the participants, of whom it takes bytes."""
 
-    def __init__(self, flow, participants: list[str], plan):
+    def __init__(self, flow, participants: list[str], plan, silence, tell, keep):
+        """
+        Args:
+            silence: says how many seconds ago a participant's last heartbeat was.
+            tell: tells the notebook a text, or a row of history.
+            keep: is called after every round with history and model.
+        """
         super().__init__(plan.aggregator_uuid, plan.federation_uuid, participants, flow, private_attributes={})
         self.open, self.count, self.traffic = {}, 0, []  # `open`: participant → the assignment it has not answered yet
         self.changed, self.answered = threading.Condition(), asyncio.Event()
+        self.silence, self.tell, self.keep, self.stopped, self.state = silence, tell, keep, None, None
 
-    async def run_flow(self) -> State:
-        """Runs the flow to its end, or to its first error."""
-        handler = ToNotebook(self.stdout_queue)
+    async def run_flow(self) -> None:
+        """Runs the flow to its end, or to its first error, and leaves in `state` what came of it."""
+        handler = ToNotebook(self.tell)
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         error = None
@@ -95,7 +108,7 @@ class Aggregator(aggregator.Aggregator):
                 self.changed.notify_all()
         known = self.known
         model = getattr(known, "global_model", None) or getattr(known, "current", None) or b""
-        return State(getattr(known, "history", []), self.traffic, error, model)
+        self.state = State(getattr(known, "history", []), self.traffic, error, model)
 
     @property
     def known(self):
@@ -107,12 +120,30 @@ class Aggregator(aggregator.Aggregator):
         FLSpec._reset_clones()
         FLSpec._create_clones(self.flow, self.authorized_cols)
         step = await asyncio.to_thread(self.do_task, "start")
+        rounds = len(self.known.history)
         while not self.time_to_quit:
             self.ask(step)
             await self.answers(step)
             self.flow.restore_instance_snapshot(self.flow, list(self.instance_snapshot or ()))
             self.instance_snapshot = None
             step = await asyncio.to_thread(self.do_task, self.flow.after(step).__name__)
+            if len(self.known.history) > rounds:
+                rounds = len(self.known.history)
+                await asyncio.to_thread(self.finish_round)
+
+    def finish_round(self):
+        """Tells the notebook of the round and keeps what it has led to; without that the run goes on all the same."""
+        known = self.known
+        self.tell(known.history[-1])
+        try:
+            self.keep(known.history, getattr(known, "global_model", None) or known.current)
+        except OSError as error:
+            log.warning("round %d cannot be kept at the director: %s", len(known.history), error)
+
+    def stop(self, reason: str) -> None:
+        """Ends the run."""
+        self.stopped = reason
+        self.answered.set()
 
     def do_task(self, name):
         row = {"round": getattr(self.flow, "round", 1), "step": name, "participant": "aggregator", "given": time.time()}
@@ -127,7 +158,7 @@ class Aggregator(aggregator.Aggregator):
     # --- What the participants are asked ---
 
     def ask(self, step: str) -> None:
-        """Gives the step to the participants that the flow has selected."""
+        """Gives the step to the participants that the flow has selected; who is missing has no report."""
         with self.changed:
             for name in self.selected_collaborators:
                 self.count += 1
@@ -135,29 +166,51 @@ class Aggregator(aggregator.Aggregator):
             self.changed.notify_all()
 
     async def answers(self, step: str) -> None:
-        """Waits until everybody has answered. Who has not, when nobody has answered for `patience`, is left out.
+        """Waits until everybody has answered or is given up.
 
-        Raises: `TimeoutError` if that is everybody.
+        Raises: `ConnectionError` if too few participants are left, `InterruptedError` if the run has been stopped.
         """
-        asked, patience = len(self.selected_collaborators), self.known.config.patience
-        since = spoken = time.monotonic()
-        before = f"round {self.known.round}, {step}"
+        asked, started, half = len(self.selected_collaborators), time.monotonic(), None
+        words, spoken = f"round {self.known.round}, {step}", started
         while missing := list(self.open):
-            waited = time.monotonic() - since
-            if waited >= patience and len(missing) == asked:
-                raise TimeoutError(f"{before}: nobody has answered for {patience} s, asked were {', '.join(missing)}")
-            if waited >= patience:
-                for name in missing:
-                    self.take(name, self.open.get(name), f"{step}: no answer within {patience} s")
-            try:
-                await asyncio.wait_for(self.answered.wait(), min(NEWS, max(patience - waited, 0.1)))
-                self.answered.clear()
-                since = time.monotonic()
-            except TimeoutError:
-                pass
+            now = time.monotonic()
+            if half is None and 2 * len(missing) < asked:
+                half = now - started
+            for name in missing:
+                if reason := self.given_up(name, now - started, half):
+                    self.take(name, self.open.get(name), f"{step}: {reason}")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.answered.wait(), 1)
+            self.answered.clear()
+            if self.stopped:
+                raise InterruptedError(f"{words}: {self.stopped}")
             if time.monotonic() - spoken >= NEWS:
-                spoken, done = time.monotonic(), asked - len(self.open)
-                log.info("%s: %d of %d participants have answered (%.0f s)", before, done, asked, spoken - since)
+                spoken, late = time.monotonic(), ", ".join(self.open) or "nobody"
+                log.info("%s: waiting for %s (%.0f s)", words, late, spoken - started)
+        self.check_presence(words)
+
+    def given_up(self, name: str, waited: float, half: float | None) -> str | None:
+        """Why the participant is waited for no longer; None if it is."""
+        timeout = self.known.config.participant_timeout
+        if (silence := self.silence(name)) > timeout:
+            return f"no heartbeat for {silence:.0f} s"
+        most = max(timeout, SLOWEST * half) if half is not None else waited
+        return (
+            f"no answer within {most:.0f} s, more than half of the others needed {half:.0f} s"
+            if waited > most
+            else None
+        )
+
+    def check_presence(self, words: str) -> None:
+        """`ConnectionError` if fewer participants than `min_participants` are left."""
+        config, everybody = self.known.config, self.authorized_cols
+        missing = [name for name in everybody if self.silence(name) > config.participant_timeout]
+        least = config.min_participants or len(everybody) // 2 + 1
+        if (left := len(everybody) - len(missing)) < least:
+            names = ", ".join(f"{name} (no heartbeat for {self.silence(name):.0f} s)" for name in missing)
+            raise ConnectionError(
+                f"{words}: {left} of {len(everybody)} participants are left, {least} must be; missing: {names}"
+            )
 
     def take(self, name: str, assignment: Assignment | None, report: bytes | str) -> bool:
         """Puts the report on the participant's clone, unless it has one already."""
@@ -203,16 +256,15 @@ class Aggregator(aggregator.Aggregator):
         return self.known.largest_report(assignment.step) if assignment else 0
 
 
-class ToNotebook(QueueHandler):
-    """Puts log records on the queue of what the notebook is told."""
+class ToNotebook(logging.Handler):
+    """Tells the notebook what is logged."""
 
-    def prepare(self, record):
-        return told(record.getMessage())
+    def __init__(self, tell):
+        super().__init__()
+        self.tell = tell
 
-
-def told(text: str) -> dict:
-    """What the notebook receives when it is told this."""
-    return {"stdout_origin": "aggregator", "task_name": "", "stdout_value": text}
+    def emit(self, record):
+        self.tell(record.getMessage())
 
 
 # --- The server ---------------------------------------------------------------------------------------------------
@@ -221,11 +273,22 @@ CHUNK = 4 << 20  # bytes of one gRPC message; both sides send longer ones in pie
 ENVELOPE = 1 << 16  # bytes of what OpenFL puts around an answer
 AT_ONCE = 4  # calls of one participant at the same time
 CHANNEL = [
+    ("grpc.keepalive_time_ms", 10_000),  # a link that is cut is noticed
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.max_ping_strikes", 0),
     ("grpc.max_receive_message_length", CHUNK),
     ("grpc.max_send_message_length", -1),
     ("grpc.max_metadata_size", 1 << 14),
     ("grpc.so_reuseport", 0),  # a taken port is an error
 ]
+
+
+def instance_of(context) -> str:
+    """Which process calls; every one says something else."""
+    return dict(context.invocation_metadata() or ()).get("instance", "")
 
 
 def common_name(context) -> str:
@@ -236,8 +299,10 @@ def common_name(context) -> str:
 class Server(AggregatorGRPCServer):
     """The aggregator's server. It knows by the certificate who calls before it reads what is said, and how much."""
 
-    def __init__(self, aggregator: Aggregator, port: int, certificates: dict):
+    def __init__(self, aggregator: Aggregator, port: int, certificates: dict, instances: dict):
+        """`instances`: participant → the process that has joined as it last."""
         super().__init__(aggregator, port, **certificates)
+        self.instances = instances
         self.calls = {name: threading.BoundedSemaphore(AT_ONCE) for name in aggregator.authorized_cols}
 
     def caller(self, context) -> str:
@@ -247,6 +312,8 @@ class Server(AggregatorGRPCServer):
             place = unquote(context.peer())
             log.warning("%s at %s calls the aggregator and is not in this experiment", name or "somebody", place)
             context.abort(grpc.StatusCode.PERMISSION_DENIED, f"{name} is not in this experiment")
+        if self.instances.get(name, instance_of(context)) != instance_of(context):
+            context.abort(grpc.StatusCode.ALREADY_EXISTS, f"another machine has joined as {name} since")
         if not self.calls[name].acquire(blocking=False):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{name} has {AT_ONCE} calls open")
         context.add_callback(self.calls[name].release)

@@ -1,11 +1,11 @@
 """OpenFL's director, which knows certificates by name and goes on after an experiment that it cannot run."""
 
 import asyncio
+import functools
 import importlib
 import json
 import logging
 import os
-import queue
 import socket
 import sys
 import threading
@@ -16,9 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import unquote
 
+import checkpoints
 import grpc
 import yaml
-from aggregator import CHANNEL, CHUNK, PROTOCOL, Aggregator, Server, State, common_name, told
+from aggregator import CHANNEL, CHUNK, PROTOCOL, Aggregator, Server, State, common_name, instance_of
 from grpc import aio
 from openfl.experimental.workflow.component.director import director, experiment
 from openfl.experimental.workflow.federated import Plan
@@ -48,7 +49,7 @@ async def until(condition, seconds: float = float("inf")) -> bool:
 class Door(DirectorGRPCServer):
     """The director's server: whoever calls is known by the certificate and answered in that name alone."""
 
-    async def require(self, name: str, context) -> None:
+    async def require(self, name: str, context, joins: bool = False) -> None:
         """Ends the call unless it comes from software that fits, and with this name's certificate."""
         caller, place = self.get_caller(context), unquote(context.peer())
         await context.send_initial_metadata(tuple(OURS.items()))
@@ -63,12 +64,17 @@ class Door(DirectorGRPCServer):
             if name:  # and not just a greeting
                 log.warning("%s at %s has called in the name of %r", caller or "somebody", place, name[:50])
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"this is for the certificate of {name[:50]} alone")
+        instances = self.director.instances
+        if joins:  # the newest wins
+            instances[name] = instance_of(context)
+        if instances.get(name, instance_of(context)) != instance_of(context):
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"another machine has joined as {name} since")
 
     def get_caller(self, context) -> str:
         return common_name(context)
 
     async def EnvoyConnectionRequest(self, request, context):  # noqa: N802
-        await self.require(request.envoy_name, context)
+        await self.require(request.envoy_name, context, joins=True)
         return super().EnvoyConnectionRequest(request, context)
 
     async def UpdateEnvoyStatus(self, request, context):  # noqa: N802
@@ -99,15 +105,24 @@ class Door(DirectorGRPCServer):
         return await super().SetNewExperiment(stream, context)
 
     async def GetExperimentStdout(self, request, context):  # noqa: N802
+        """What the notebook is told, from the line on that the metadata names: it may have lost us before."""
         await self.require("experimenter", context)
-        await self.find(request.experiment_name, context)
-        async for line in super().GetExperimentStdout(request, context):
-            yield line
+        known = await self.find(request.experiment_name, context)
+        told = int(dict(context.invocation_metadata()).get("from", 0))
+        while await until(functools.partial(known.has_news, told)) and len(known.said) > told:
+            yield director_pb2.GetExperimentStdoutResponse(**known.said[told])
+            told += 1
 
     async def GetFlowState(self, request, context):  # noqa: N802
-        """The state of the experiment that the metadata names: first a message of JSON, then the model's bytes."""
+        """The state of the experiment that the metadata names: first a message of JSON, then the model's bytes.
+
+        The metadata may also ask for the experiment's end.
+        """
         await self.require("experimenter", context)
-        known = await self.find(dict(context.invocation_metadata()).get("experiment", ""), context)
+        wish = dict(context.invocation_metadata())
+        known = await self.find(wish.get("experiment", ""), context)
+        if "stop" in wish:
+            known.stop("stopped by the experimenter")
         await until(lambda: known.state)
         model, head = known.state.model, asdict(known.state) | {"model": len(known.state.model)}
         await context.write(base_pb2.DataStream(npbytes=json.dumps(head).encode()))
@@ -144,18 +159,20 @@ def misfit(said: dict) -> str:
 class Director(director.Director):
     """Runs one experiment after the other and keeps what came of the last ones."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, runs: Path, **kwargs):
         super().__init__(**kwargs)
         self.refused = {}  # certificate's name → why; who comes again with the right software is not in it any more
+        self.instances = {}  # participant → the process that has joined as it last
+        self.runs = runs
 
     async def set_new_experiment(self, experiment_name, sender_name, collaborator_names, experiment_archive_path):
         added = Experiment(
             name=experiment_name, archive_path=experiment_archive_path, collaborators=list(collaborator_names),
-            users=[sender_name], sender=sender_name,
+            users=[sender_name], sender=sender_name, director=self,
         )  # fmt: skip
         registry = self.experiments_registry
         if before := len(registry.pending) + (registry.active is not None):
-            added.said.put(told(f"{before} experiment(s) before this one; it waits for its turn"))
+            added.tell(f"{before} experiment(s) before this one; it waits for its turn")
         registry.add(added)
         return True
 
@@ -177,22 +194,38 @@ class Director(director.Director):
         name = self.col_exp[envoy_name] = self.experiments_registry.active.name
         return name
 
-    async def stream_experiment_stdout(self, experiment_name, caller):
-        known = self.experiments_registry[experiment_name]
-        while not (known.state and known.said.empty()):
-            if known.said.empty():
-                await asyncio.sleep(POLL)
-            else:
-                yield known.said.get()
+    def silence(self, participant: str) -> float:
+        """Seconds since the participant's last heartbeat."""
+        return time.time() - self._envoy_registry.get(participant, {}).get("last_updated", 0)
 
 
 class Experiment(experiment.Experiment):
     """One that cannot be run ends with a state that says why. OpenFL's ends the director's loop, and the notebook waits
     for ever."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, director: Director, **kwargs):
         super().__init__(**kwargs)
-        self.state, self.said = None, queue.Queue()
+        self.director, self.said, self.failed, self.stopped = director, [], None, None
+
+    @property
+    def state(self) -> State | None:
+        """What came of it; None as long as it is not over."""
+        return self.failed or (self.aggregator and self.aggregator.state)
+
+    def has_news(self, told: int) -> bool:
+        """Whether it is over, or there is more to tell than so many lines."""
+        return self.state is not None or len(self.said) > told
+
+    def tell(self, what: str | dict) -> None:
+        """Tells the notebook a text, or a row of history."""
+        kind, text = ("", what) if isinstance(what, str) else ("row", json.dumps(what))
+        self.said.append({"stdout_origin": "aggregator", "task_name": kind, "stdout_value": text})
+
+    def stop(self, reason: str) -> None:
+        """Ends it, or does not begin it."""
+        self.stopped = reason
+        if self.aggregator:
+            self.aggregator.stop(reason)
 
     def wants(self, participant: str) -> bool:
         """Whether the participant should come: it is one, and has not been told that it is over."""
@@ -200,16 +233,17 @@ class Experiment(experiment.Experiment):
 
     async def start(self, **certificates) -> None:
         try:
+            if self.stopped:
+                raise InterruptedError(self.stopped)
             plan = self.plan()
             check_protocol(plan)
             await until_free(plan["network"]["settings"]["agg_port"])
             await super().start(**certificates, install_requirements=False)  # nor are this machine's packages changed
-            self.state = self.updated_flow
         except (Exception, SystemExit) as error:  # its code may call exit
             log.exception("%s could not be run", self.name)
             self.status = experiment.Status.FAILED
             words = f"the director could not run the experiment: {type(error).__name__}: {error}"
-            self.state = State(error=words)
+            self.failed = State(error=words)
 
     def plan(self) -> dict:
         with zipfile.ZipFile(self.archive_path) as archive:
@@ -217,22 +251,46 @@ class Experiment(experiment.Experiment):
 
     def _create_aggregator_grpc_server(self, *, tls, director_config, **certificates):
         plan = Plan.parse(plan_config_path=self.plan_path)
-        aggregator = Aggregator(load_flow(plan), self.collaborators, plan)
-        aggregator.stdout_queue = self.said
-        server = Server(aggregator, plan.config["network"]["settings"]["agg_port"], certificates)
+        flow, wish = load_flow(plan), plan.config["contract"]
+        folder = checkpoints.folder_of(self.director.runs, wish["run"])
+        if wish.get("resume"):
+            state, flow.current = checkpoints.load(folder)
+            flow.history = resumed(state, flow)
+        settings = {"settings": flow.settings(), "participants": self.collaborators}
+
+        def keep(history, model):
+            checkpoints.save(folder, len(history), settings | {"history": history}, model)
+
+        self.aggregator = Aggregator(flow, self.collaborators, plan, self.director.silence, self.tell, keep)
+        for row in flow.history:
+            self.tell(row)
+        port = plan.config["network"]["settings"]["agg_port"]
+        server = Server(self.aggregator, port, certificates, self.director.instances)
         server.bind()  # before the flow begins: a port that is taken is an error of its own
         return server
 
-    @staticmethod
-    async def _run_aggregator_grpc_server(aggregator_grpc_server):
-        aggregator, server = aggregator_grpc_server.aggregator, aggregator_grpc_server.server
-        server.start()
+    async def _run_aggregator_grpc_server(self, server):
+        aggregator = server.aggregator
+        server.server.start()
         try:
             await until(lambda: aggregator.time_to_quit)
-            if await until(aggregator.all_quit_jobs_sent, GOODBYE):
+            if await until(lambda: all(self.knows(name) for name in self.collaborators), GOODBYE):
                 await asyncio.sleep(1)  # the last one is just being told
         finally:
-            server.stop(0)
+            server.server.stop(0)
+
+    def knows(self, participant: str) -> bool:
+        """Whether the participant has been told that it is over, or is not there."""
+        silent = self.director.silence(participant) > 2 * self.director.envoy_health_check_period
+        return silent or participant in self.aggregator.quit_job_sent_to
+
+
+def resumed(state: dict, flow) -> list:
+    """The history of a run that is kept; `ValueError` if the flow's settings are not those that it was made with."""
+    for name, now in json.loads(json.dumps(flow.settings())).items():
+        if (before := state["settings"].get(name)) != now:
+            raise ValueError(f"the run that shall go on has {name} {before!r}, not {now!r}: choose the same settings")
+    return state["history"]
 
 
 def check_protocol(plan: dict) -> None:
@@ -307,8 +365,8 @@ async def until_free(port: int, patience: float = 5) -> None:
         await asyncio.sleep(POLL)
 
 
-def serve(config: dict, files: dict[str, Path]) -> None:
-    """Runs until it is interrupted. `files` is part → certificate or key."""
+def serve(config: dict, files: dict[str, Path], runs: Path) -> None:
+    """Runs until it is interrupted. `files` is part → certificate or key; what runs lead to is kept in `runs`."""
     server = Door(
         director_cls=Director,
         root_certificate=files["ca.crt"],
@@ -317,5 +375,6 @@ def serve(config: dict, files: dict[str, Path]) -> None:
         listen_host="[::]" if socket.has_dualstack_ipv6() else "0.0.0.0",
         listen_port=config["port"],
         envoy_health_check_period=config["envoy_health_check_period"],
+        runs=runs.absolute(),
     )
     server.start()

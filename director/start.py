@@ -62,6 +62,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path, nargs="?", default=Path(__file__).with_name("director.yaml"))
     parser.add_argument("--certificates", type=Path, default=Path("certificates"))
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder in which every round is kept")
     args = parser.parse_args()
     config = read_config(args.config)
     files = {part: (args.certificates / part).absolute() for part in ("ca.crt", "director.crt", "director.key")}
@@ -83,7 +84,7 @@ def main():
     translate_handshakes()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        serve(config, files)
+        serve(config, files, args.runs)
     except KeyboardInterrupt:
         os._exit(130)  # OpenFL's threads would go on
 

@@ -4,6 +4,7 @@ import datetime
 import functools
 import socket
 import ssl
+import uuid
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,16 @@ from cryptography.x509.oid import NameOID
 
 PROTOCOL = 2  # of the contract between director and flow, see director/aggregator.py
 OURS = (("protocol", str(PROTOCOL)), ("openfl", version("openfl")))  # what every call says of this machine
-CHANNEL = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+INSTANCE = ("instance", uuid.uuid4().hex)  # and of this process: of two with one name the newer counts
+CHANNEL = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 10_000),  # a link that is cut is noticed
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+]
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ class Announce(grpc.AuthMetadataPlugin):
     """Says with every call what this machine has, and further facts."""
 
     def __init__(self, **facts: str):
-        self.metadata = (*OURS, *facts.items())
+        self.metadata = (*OURS, INSTANCE, *facts.items())
 
     def __call__(self, context, callback):
         callback(self.metadata, None)

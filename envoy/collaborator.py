@@ -4,8 +4,10 @@ What comes from the aggregator is read by the flow itself (`take_task`), whose c
 back are the bytes that its step has left in `report`. The contract is written down in director/aggregator.py.
 """
 
+import contextlib
 import importlib
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from openfl.experimental.workflow.protocols import aggregator_pb2, aggregator_pb
 from openfl.experimental.workflow.runtime import FederatedRuntime
 from openfl.experimental.workflow.transport.grpc.director_client import EnvoyDirectorClient
 from openfl.protocols.utils import datastream_to_proto, proto_to_datastream
+from openfl.utilities.workspace import ExperimentWorkspace
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +61,19 @@ class AggregatorClient:
             try:
                 return call()
             except grpc.RpcError as error:
+                give_way(error)
                 if error.code() not in PASSING:
                     raise ConnectionError(f"the aggregator at {self.address} refuses: {error.details()}") from None
                 log.info("no answer from the aggregator at %s: %s", self.address, error.details())
                 time.sleep(1)
         raise ConnectionError(f"no aggregator at {self.address}")
+
+
+def give_way(error: grpc.RpcError) -> None:
+    """Ends this process if another machine has joined under its name."""
+    if error.code() is grpc.StatusCode.ALREADY_EXISTS:
+        log.error("%s: this one ends", error.details())
+        os._exit(1)
 
 
 class Collaborator:
@@ -80,28 +91,31 @@ class Collaborator:
     def run(self) -> None:
         """Asks for tasks and answers them until the experiment is over."""
         while not (task := self.client.get_task()).quit:
-            if not task.function_name:
+            number, step = task.round_number, task.function_name
+            if not step:
                 continue  # the aggregator has made us wait already
-            log.info("task: %s", task.function_name)
-            report, failure = self.take_step(task.function_name, task.execution_environment)
-            self.client.answer(task.round_number, report, failure)
+            log.info("task: %s", step)
+            try:
+                flow = self.read(task)
+                del task  # up to all the others' models
+                getattr(flow, step)()
+                report, failure = flow.report, ""
+            except Exception as error:
+                log.exception("%s failed", step)
+                report, failure = b"", f"{step}: {type(error).__name__}: {error}"
+            self.client.answer(number, report, failure)
         log.info("The experiment is over.")
 
-    def take_step(self, step: str, message: bytes) -> tuple[bytes, str]:
-        """The report of a step, and why there is none."""
+    def read(self, task):
+        """The flow that is ready for the task's step."""
         if isinstance(self.private, str):
-            return b"", self.private
-        try:
-            flow = self.new_flow()
-            flow.after(step)  # or it is no step of a participant
-            flow.take_task(message)
-            flow.input, flow.runtime = self.name, FederatedRuntime()
-            vars(flow).update(self.private)
-            getattr(flow, step)()
-            return flow.report, ""
-        except Exception as error:
-            log.exception("%s failed", step)
-            return b"", f"{step}: {type(error).__name__}: {error}"
+            raise RuntimeError(self.private)
+        flow = self.new_flow()
+        flow.after(task.function_name)  # or it is no step of a participant
+        flow.take_task(task.execution_environment)
+        flow.input, flow.runtime = self.name, FederatedRuntime()
+        vars(flow).update(self.private)
+        return flow
 
 
 class DirectorClient(EnvoyDirectorClient):
@@ -122,15 +136,28 @@ class DirectorClient(EnvoyDirectorClient):
     def get_experiment_data(self, experiment_name):
         return list(super().get_experiment_data(experiment_name))
 
-    def send_health_check(self, **facts):
-        return super().send_health_check(**facts) or PAUSE  # OpenFL's gives None after an error, and dies of it
+    def send_health_check(self, envoy_name, is_experiment_running):
+        """A heartbeat; returns the seconds to the next one."""
+        status = director_pb2.UpdateEnvoyStatusRequest(name=envoy_name, is_experiment_running=is_experiment_running)
+        try:
+            return self.stub.UpdateEnvoyStatus(status, timeout=PAUSE).health_check_period.seconds
+        except grpc.RpcError as error:
+            give_way(error)
+            if error.code() is grpc.StatusCode.NOT_FOUND:  # the director has been restarted
+                with contextlib.suppress(ConnectionError):
+                    self.connect_envoy(envoy_name)
+            return PAUSE
 
 
 class Participant(envoy.Envoy):
-    """An envoy that takes part with what `bring()` returns: the participant's private attributes."""
+    """An envoy that takes part with what `bring()` returns: the participant's private attributes.
 
-    def __init__(self, name: str, address: str, identity: Identity, bring):
-        self.address, self.identity, self.bring = address, identity, bring
+    Args:
+        runs: folder in which it keeps what it remembers over the rounds.
+    """
+
+    def __init__(self, name: str, address: str, identity: Identity, bring, runs: Path):
+        self.address, self.identity, self.bring, self.runs = address, identity, bring, runs.absolute()
         host, _, port = address.rpartition(":")
         super().__init__(
             envoy_name=name, director_host=host, director_port=int(port), root_certificate=identity.ca,
@@ -151,14 +178,28 @@ class Participant(envoy.Envoy):
         self._health_check_future = self.executor.submit(self._send_health_check)
         self._run()
 
+    def _run(self):
+        """Waits for experiments and takes part in them. What it cannot come back from ends the process: a heartbeat
+        without anybody behind it would be waited for."""
+        while True:
+            try:
+                name = self._envoy_dir_client.wait_experiment()
+                archive = self._save_data_stream_to_file(self._envoy_dir_client.get_experiment_data(name))
+                with ExperimentWorkspace(f"{self.name}_{name}", archive):
+                    self.is_experiment_running = True
+                    self._run_collaborator()
+            except (grpc.RpcError, ConnectionError) as error:
+                if isinstance(error, grpc.RpcError):
+                    give_way(error)
+                log.warning("not connected: %s", error.details() if isinstance(error, grpc.RpcError) else error)
+                time.sleep(PAUSE)
+            finally:
+                self.is_experiment_running = False
+
     def _run_collaborator(self):
         plan = Plan.parse(plan_config_path=Path(self.plan))
         client = AggregatorClient(self.name, plan, self.identity)
-        try:
-            Collaborator(self.name, client, *self.prepare(plan)).run()
-        except ConnectionError:
-            time.sleep(PAUSE)  # it would be called up again at once
-            raise
+        Collaborator(self.name, client, *self.prepare(plan)).run()
 
     def prepare(self, plan):
         """The flow's class and the private attributes; instead of these, why they are not there."""
@@ -166,7 +207,9 @@ class Participant(envoy.Envoy):
             number = (plan.config.get("contract") or {}).get("protocol")
             if number != PROTOCOL:
                 raise ValueError(f"the experiment speaks protocol {number} and envoy/ {PROTOCOL}: update the older one")
-            return load_flow(plan), self.bring()
+            flow, own = load_flow(plan), self.bring()
+            own["memory"]["folder"] = self.runs / plan.config["contract"]["run"]
+            return flow, own
         except (Exception, SystemExit) as error:  # a setting that does not fit, or code that calls exit
             log.exception("cannot take part")
             return None, f"cannot take part: {type(error).__name__}: {error}"

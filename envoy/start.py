@@ -17,6 +17,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("settings", type=Path, help="the participant's YAML file")
     parser.add_argument("--certificates", type=Path, default=Path("certificates"))
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for what it remembers over the rounds")
     args = parser.parse_args()
 
     import channel
@@ -41,13 +42,16 @@ def main():
     os.environ.setdefault("METAFLOW_USER", settings.name)  # metaflow fails without a user name
     from collaborator import Participant
 
-    participant = Participant(settings.name, settings.director, identity, bring)
+    participant = Participant(settings.name, settings.director, identity, bring, args.runs)
     try:
         participant.start()
     except ConnectionError as error:
         raise SystemExit(f"{args.settings}: director: {error}") from None
     except KeyboardInterrupt:
-        os._exit(130)  # OpenFL's health check would go on, and the director count on this envoy
+        os._exit(130)  # the heartbeat's thread would go on, and the director count on this envoy
+    except BaseException:
+        logging.exception("%s ends", settings.name)
+        os._exit(1)
 
 
 if __name__ == "__main__":

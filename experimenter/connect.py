@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from experimenter.heartbeat import heartbeat, log
 
 DIRECTOR = os.environ.get("CROWDGUARD_DIRECTOR", "localhost:50051")
 CERTIFICATES = Path(os.environ.get("CROWDGUARD_CERTIFICATES", "certificates"))
+LOST = 600  # seconds without an answer
+RETRY = 2  # seconds
 HOW = (
     "For a federation on this machine use `make run`; for a real one start director/start.py there, and set "
     "CROWDGUARD_DIRECTOR to its address and CROWDGUARD_CERTIFICATES to the folder of your certificate"
@@ -65,9 +68,14 @@ class DirectorClient(RuntimeDirectorClient):
     def get_envoys(self):
         return self.stub.GetEnvoys(director_pb2.GetEnvoysRequest())
 
-    def get_flow_state(self, name: str) -> State:
+    def lines(self, name: str, told: int):
+        """What the director tells of the experiment, from a line on."""
+        request = director_pb2.GetExperimentStdoutRequest(experiment_name=name)
+        return self.stub.GetExperimentStdout(request, metadata=(("from", str(told)),))
+
+    def get_flow_state(self, name: str, stop: bool = False) -> State:
         """What came of the experiment: a message of JSON, then the model in pieces."""
-        metadata = (("experiment", name),)
+        metadata = (("experiment", name), *((("stop", "1"),) if stop else ()))
         head, *model = self.stub.GetFlowState(director_pb2.GetFlowStateRequest(), metadata=metadata)
         facts = json.loads(head.npbytes)
         packed = b"".join(part.npbytes for part in model)
@@ -84,12 +92,18 @@ def everybody_failed(history: list[dict]) -> str | None:
 
 
 class Federation(FederatedRuntime):
-    """A FederatedRuntime that sends what the notebook holds, shows progress, and raises what went wrong."""
+    """A FederatedRuntime that sends what the notebook holds, shows progress, and raises what went wrong.
 
-    def __init__(self):
+    Args:
+        resume: name of a run that shall go on where it ended.
+        results: folder for `history.json`, which grows with every round, and `global_model.safetensors`.
+    """
+
+    def __init__(self, resume: str = "", results: Path | None = None):
         self._runtime_dir_client = DirectorClient(identity())
         super().__init__(tls=True)
         self.collaborators, self.final_state = self.get_envoys(), State()
+        self.run, self.resume, self.results = resume or f"run-{uuid.uuid4().hex[:8]}", bool(resume), results
 
     def get_envoys(self) -> list[str]:
         """Names of the participants that are online, sorted; says which were refused, and why."""
@@ -104,8 +118,8 @@ class Federation(FederatedRuntime):
         return sorted(envoy.envoy_name for envoy in known if envoy.is_online)
 
     def prepare_workspace_archive(self):
-        archive, name = export_workspace(DIRECTOR)
-        return archive, f"{name}-{uuid.uuid4().hex[:8]}"  # the director knows experiments by their names
+        archive, _ = export_workspace(DIRECTOR, self.run, self.resume)
+        return archive, f"{self.run}-{uuid.uuid4().hex[:8]}"  # the director knows experiments by their names
 
     def submit_experiment(self, archive, name):
         self.name = name
@@ -115,23 +129,81 @@ class Federation(FederatedRuntime):
             archive.unlink()
 
     def get_flow_state(self):
-        with heartbeat("waiting for the director"):
-            for line in self._runtime_dir_client.stream_experiment_stdout(self.name):
-                log.info(line["stdout_value"])
-            state = self.final_state = self._runtime_dir_client.get_flow_state(self.name)
-        if error := state.error or everybody_failed(state.history):
-            raise RuntimeError(f"{error}; what was reached is in history.json and federation.final_state")
-        return True, state
+        try:
+            with heartbeat("waiting for the director"):
+                self.follow()
+                self.final_state = self.insist(lambda: self._runtime_dir_client.get_flow_state(self.name))
+        except KeyboardInterrupt:
+            log.warning("stopping the run")
+            self.final_state = self._runtime_dir_client.get_flow_state(self.name, stop=True)
+            raise
+        self.keep(self.final_state)
+        if error := self.final_state.error or everybody_failed(self.final_state.history):
+            raise RuntimeError(f"{error}; {len(self.final_state.history)} rounds are kept, RESUME={self.run} goes on")
+        return True, self.final_state
+
+    def follow(self) -> None:
+        """Shows what the director tells, and keeps every round, until the experiment is over."""
+        told = 0
+
+        def more():
+            nonlocal told
+            for said in self._runtime_dir_client.lines(self.name, told):
+                told += 1
+                if said.task_name == "row":
+                    self.final_state.history.append(json.loads(said.stdout_value))
+                    self.keep(self.final_state)
+                else:
+                    log.info(said.stdout_value)
+
+        self.insist(more)
+
+    def insist(self, call):
+        """Calls until the director answers.
+
+        Raises: `ConnectionError` if it does not for `LOST` seconds, or has been restarted.
+        """
+        since = time.monotonic()
+        while True:
+            try:
+                return call()
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.NOT_FOUND:
+                    raise ConnectionError(f"{error.details()} RESUME={self.run} goes on") from None
+                if time.monotonic() - since > LOST:
+                    words = f"no answer from {DIRECTOR} for {LOST} s ({error.details()})"
+                    raise ConnectionError(f"{words}: attach({self.name!r}) asks again") from None
+                log.warning("no answer from the director, trying again: %s", error.details())
+                time.sleep(RETRY)
+
+    def attach(self, name: str) -> State:
+        """What comes of an experiment that was submitted before, by a notebook that is gone."""
+        self.name, self.final_state = name, State()
+        return self.get_flow_state()[1]
+
+    def keep(self, state: State) -> None:
+        """Writes what there is: whole, or not at all."""
+        if self.results:
+            reached = {"run": self.run, "federation": state.history, "traffic": state.traffic}
+            write(self.results / "history.json", json.dumps(reached, indent=1).encode())
+        if self.results and state.global_model:
+            write(self.results / "global_model.safetensors", state.global_model)
 
 
-def connect() -> Federation:
-    """The federation behind `CROWDGUARD_DIRECTOR`, with all participants that are online.
+def write(path: Path, content: bytes) -> None:
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def connect(resume: str = "", results: Path | None = None) -> Federation:
+    """The federation behind `CROWDGUARD_DIRECTOR`, with all participants that are online; arguments as `Federation`.
 
     Raises: `ConnectionError` with one line if there is no director, or nobody is online.
     """
     logging.getLogger("openfl").setLevel(logging.WARNING)
     assert_director()
-    federation = Federation()
+    federation = Federation(resume, results)
     if not federation.collaborators:
         raise ConnectionError("no envoy is online: start envoy/start.py at the participants")
     return federation

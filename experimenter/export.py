@@ -25,12 +25,14 @@ class Workspace(NotebookTools):
     def _build_plan_config(self, *args):
         plan = super()._build_plan_config(*args)
         plan["network"]["settings"]["agg_port"] = AGGREGATOR_PORT
-        plan["contract"] = {"protocol": PROTOCOL}
+        plan["contract"] = {"protocol": PROTOCOL, "run": self.run, "resume": self.resume}
         return plan
 
 
-def export_workspace(director: str) -> tuple[Path, str]:
-    """Writes the workspace for a director at `host:port`, and an archive of it; returns that and the flow's name."""
+def export_workspace(director: str, run: str, resume: bool = False) -> tuple[Path, str]:
+    """Writes the workspace of a run for a director at `host:port`, and an archive; returns that and the flow's name."""
     with contextlib.redirect_stdout(io.StringIO()):  # OpenFL lists its own template
-        archive, name = Workspace(NOTEBOOK, WORKSPACE).export(director.rpartition(":")[0], tls=True)
+        workspace = Workspace(NOTEBOOK, WORKSPACE)
+        workspace.run, workspace.resume = run, resume
+        archive, name = workspace.export(director.rpartition(":")[0], tls=True)
     return Path(archive), name

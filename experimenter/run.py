@@ -87,8 +87,10 @@ def main():
     parser.add_argument("--config", choices=("demo", "published"), default="demo", help="the notebook's named settings")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one field of them")
     parser.add_argument("--results", type=Path, default=Path(os.environ.get("CROWDGUARD_RESULTS", "results")))
+    parser.add_argument("--resume", default="", metavar="RUN", help="go on with a run that did not come to its end")
     parser.add_argument("--export", action="store_true", help="only write generated_workspace/")
     args = parser.parse_args()
+    os.environ["CROWDGUARD_RESUME"] = args.resume
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("papermill").addFilter(worth_showing)
     for place in ("CROWDGUARD_CERTIFICATES", "CROWDGUARD_ENVOYS", "CROWDGUARD_WORKSPACE"):

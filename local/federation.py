@@ -115,6 +115,7 @@ class Federation:
             "CROWDGUARD_ENVOYS": str(self.folder / "envoys"),
             "CROWDGUARD_WORKSPACE": str(self.folder / "workspace" / "generated_workspace"),
             "HOME": str(self.folder / "home"),
+            "CROWDGUARD_RUNS": os.environ.get("CROWDGUARD_RUNS", str(ROOT / "runs")),
             "MPLCONFIGDIR": str(ROOT / ".federation" / "matplotlib"),  # its font cache takes long to make
             "METAFLOW_USER": "experimenter",
             "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait take the cores from the other processes
@@ -148,7 +149,8 @@ class Federation:
         for name, settings in self.settings.items():
             file = self.folder / "envoys" / f"{name}.yaml"
             file.write_text(yaml.safe_dump(settings, sort_keys=False))
-            self.spawn(name, [ROOT / "envoy" / "start.py", file, "--certificates", certificates])
+            runs = Path(self.environment["CROWDGUARD_RUNS"], name)
+            self.spawn(name, [ROOT / "envoy" / "start.py", file, "--certificates", certificates, "--runs", runs])
         for name in self.settings:
             self.wait_for(name, lambda name=name: "is connected to the director" in self.log(name).read_text())
 
@@ -157,7 +159,8 @@ class Federation:
         file = self.folder / "director.yaml"
         period = yaml.safe_load((ROOT / "director" / "director.yaml").read_text())["envoy_health_check_period"]
         file.write_text(yaml.safe_dump({"port": port, "envoy_health_check_period": period}))
-        self.spawn("director", [ROOT / "director" / "start.py", file, "--certificates", certificates])
+        runs = Path(self.environment["CROWDGUARD_RUNS"], "director")
+        self.spawn("director", [ROOT / "director" / "start.py", file, "--certificates", certificates, "--runs", runs])
         self.wait_for("director", self.director_listens)
 
     def director_listens(self) -> bool:

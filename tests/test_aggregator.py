@@ -1,6 +1,7 @@
 """The director's aggregator by itself: what it asks, what it takes, and what it leaves out."""
 
 import asyncio
+import json
 import threading
 from types import SimpleNamespace
 
@@ -13,8 +14,8 @@ NAMES = ["Amsterdam", "Bangalore"]
 class Flow:
     """What the contract asks of a flow."""
 
-    def __init__(self, patience=60):
-        self.round, self.config = 1, SimpleNamespace(patience=patience)
+    def __init__(self, timeout=60, least=None):
+        self.round, self.config = 1, SimpleNamespace(participant_timeout=timeout, min_participants=least)
 
     def largest_report(self, step):
         return 100
@@ -33,7 +34,9 @@ def aggregator(module):
     made.open, made.count, made.traffic = {}, 0, []
     made.changed, made.answered = threading.Condition(), asyncio.Event()
     made.loop = SimpleNamespace(call_soon_threadsafe=lambda function: function())
-    made.selected_collaborators = NAMES
+    made.selected_collaborators = made.authorized_cols = NAMES
+    made.silent = dict.fromkeys(NAMES, 0)
+    made.silence, made.stopped = made.silent.get, None
     made.clones_dict = {n: SimpleNamespace(task=n, pack_task=lambda n=n: f"task of {n}".encode()) for n in NAMES}
     return made
 
@@ -93,44 +96,71 @@ def asked(aggregator, meanwhile=None):
     asyncio.run(both())
 
 
-def test_who_does_not_answer_is_left_out_and_named(aggregator):
-    aggregator.flow = Flow(patience=1)
+def answers_of(aggregator, *names, after=0.0):
+    """What these participants do: they answer after so many seconds."""
 
     async def answer():
-        await asyncio.sleep(0.2)
-        aggregator.get_tasks("Amsterdam")
-        aggregator.send_task_results("Amsterdam", 1, b"update", "")
-
-    asked(aggregator, answer)
-    assert aggregator.clones_dict["Amsterdam"].report == b"update"
-    assert aggregator.clones_dict["Bangalore"].report == "train: no answer within 1 s"
-
-
-def test_if_nobody_answers_everybody_is_named(aggregator):
-    aggregator.flow = Flow(patience=1)
-
-    async def only_ask():
-        for _ in range(20):
-            aggregator.get_tasks("Amsterdam")
-            await asyncio.sleep(0.05)
-
-    with pytest.raises(
-        TimeoutError, match="round 1, train: nobody has answered for 1 s, asked were Amsterdam, Bangalore"
-    ):
-        asked(aggregator, only_ask)
-
-
-def test_patience_begins_anew_with_every_answer(aggregator):
-    aggregator.flow = Flow(patience=1)
-
-    async def take_turns():
-        for number, name in enumerate(NAMES, start=1):
-            await asyncio.sleep(0.8)
-            aggregator.get_tasks(name)
+        await asyncio.sleep(after)
+        for name in names:
+            number = aggregator.get_tasks(name)[0]
             aggregator.send_task_results(name, number, b"update", "")
 
-    asked(aggregator, take_turns)
-    assert [aggregator.clones_dict[name].report for name in NAMES] == [b"update"] * 2
+    return answer
+
+
+THREE = [*NAMES, "Chandler"]
+
+
+@pytest.fixture
+def of_three(aggregator):
+    aggregator.selected_collaborators = aggregator.authorized_cols = THREE
+    aggregator.silent.update(Chandler=0)
+    aggregator.clones_dict["Chandler"] = SimpleNamespace(task="", pack_task=lambda: b"task")
+    return aggregator
+
+
+def test_the_round_goes_on_without_who_has_no_heartbeat(of_three):
+    of_three.flow = Flow(timeout=60)
+    of_three.silent["Chandler"] = 61
+    asked(of_three, answers_of(of_three, *NAMES))
+    assert of_three.clones_dict["Chandler"].report == "train: no heartbeat for 61 s"
+    assert all(of_three.clones_dict[name].report == b"update" for name in NAMES)
+    asked(of_three, answers_of(of_three, *NAMES))  # nor is it waited for in the next step
+    of_three.silent["Chandler"] = 1
+    asked(of_three, answers_of(of_three, *THREE))
+    assert of_three.clones_dict["Chandler"].report == b"update", "it is back"
+
+
+def test_slow_is_not_dead(of_three):
+    """All of them work long, with heartbeats."""
+    of_three.flow = Flow(timeout=1)
+    asked(of_three, answers_of(of_three, *THREE, after=2.5))
+    assert all(of_three.clones_dict[name].report == b"update" for name in THREE)
+
+
+def test_who_never_answers_is_left_out_when_the_others_have(of_three, module, monkeypatch):
+    monkeypatch.setattr(module, "SLOWEST", 2)
+    of_three.flow = Flow(timeout=1)
+    asked(of_three, answers_of(of_three, *NAMES, after=0.2))
+    assert "train: no answer within 1 s" in of_three.clones_dict["Chandler"].report
+
+
+def test_too_few_are_the_end_and_the_missing_are_named(of_three):
+    of_three.silent.update(Bangalore=70, Chandler=80)
+    words = r"train: 1 of 3 participants are left, 2 must be; missing: Bangalore \(no heartbeat for 70 s\), Chandler"
+    with pytest.raises(ConnectionError, match=words):
+        asked(of_three, answers_of(of_three, "Amsterdam"))
+    of_three.flow = Flow(least=1)
+    of_three.open.clear()
+    asked(of_three, answers_of(of_three, "Amsterdam"))
+
+
+def test_a_run_can_be_stopped(of_three):
+    async def stop():
+        of_three.stop("stopped by the experimenter")
+
+    with pytest.raises(InterruptedError, match="round 1, train: stopped by the experimenter"):
+        asked(of_three, stop)
 
 
 def test_who_waits_for_a_task_gets_it_when_it_is_there(aggregator, module):
@@ -149,10 +179,12 @@ def test_the_contract_is_what_flow_director_and_envoys_keep(module, experiment):
     assert module.PROTOCOL == channel.PROTOCOL
     assert experiment.log.name == module.LOGGER
     flow = experiment.FederatedCrowdGuard()
+    assert flow.history == [] and flow.current is None
+    assert json.loads(json.dumps(flow.settings())).keys() < vars(flow.config).keys()
     flow.round, flow.current, flow.task = 1, b"model", experiment.Task(1)
     assert flow.after("train") == flow.collect_models
     assert flow.largest_report("train") > flow.largest_report("evaluate") > 0
-    assert flow.config.patience and flow.history == []
+    assert flow.config.participant_timeout == 60 and flow.config.min_participants is None
     flow.take_task(flow.pack_task())
     with pytest.raises(LookupError):
         flow.after("start")

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import zipfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -27,7 +28,7 @@ def archive(folder, name: str, code: str, port: int, protocol: int = 2):
         "aggregator": {"defaults": "", "template": "", "settings": {"rounds_to_train": 1}},
         "federated_flow": {"template": "src.experiment.Flow", "settings": {}},
         "network": {"settings": {"agg_addr": "localhost", "agg_port": port}},
-        "contract": {"protocol": protocol},
+        "contract": {"protocol": protocol, "run": name, "resume": False},
     }
     with zipfile.ZipFile(folder / f"{name}.zip", "w") as file:
         file.writestr("plan/plan.yaml", yaml.safe_dump(plan))
@@ -36,20 +37,20 @@ def archive(folder, name: str, code: str, port: int, protocol: int = 2):
     return folder / f"{name}.zip"
 
 
-def states_of(server, archives) -> list:
+def states_of(server, archives, runs="runs") -> list:
     """What the notebook would receive for each of these, sent at once, and what it would be told."""
 
     async def play():
-        director = server.Director(tls=False)
+        director = server.Director(runs=Path(runs), tls=False)
         director.ack_envoy_connection_request("Amsterdam")
         loop = asyncio.ensure_future(director.start_experiment_execution_loop())
         for path in archives:
             await director.set_new_experiment(path.stem, "experimenter", ["Amsterdam"], path)
         states = []
         for path in archives:
-            said = [line async for line in director.stream_experiment_stdout(path.stem, "experimenter")]
-            texts = [line["stdout_value"] for line in said]
-            states.append((director.experiments_registry[path.stem].state, texts))
+            known = director.experiments_registry[path.stem]
+            await server.until(lambda known=known: known.state)
+            states.append((known.state, [line["stdout_value"] for line in known.said]))
         with pytest.raises(TimeoutError):  # nobody is sent to an aggregator that is not there
             await asyncio.wait_for(director.wait_experiment("Amsterdam"), timeout=1)
         assert not loop.done()
@@ -100,7 +101,7 @@ def test_the_last_results_are_kept_and_older_ones_go(server, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
 
     async def play():
-        director = server.Director(tls=False)
+        director = server.Director(runs=tmp_path / "runs", tls=False)
         loop = asyncio.ensure_future(director.start_experiment_execution_loop())
         names = [f"run{i}" for i in range(server.KEPT + 2)]
         for name in names:

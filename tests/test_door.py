@@ -129,6 +129,36 @@ def test_the_certificate_of_another_is_named_before_anybody_is_called(place, tmp
         channel.Identity.of("Amsterdam", tmp_path / "c")
 
 
+def test_a_pki_of_one_s_own_will_do(place, tmp_path):
+    """A root, and an authority below it that has signed everybody."""
+    own, files = tmp_path / "certificates", {}
+    own.mkdir()
+    for name, above in {"root": None, "between": "root", "director": "between", "Amsterdam": "between"}.items():
+        key = certificates.ec.generate_private_key(certificates.ec.SECP256R1())
+        issuer, issuer_key = (above, files[above][1]) if above else (name, key)
+        authority = name in ("root", "between")
+        extensions = [(certificates.x509.BasicConstraints(ca=authority, path_length=None), True)]
+        if name == "director":
+            host = certificates.x509.SubjectAlternativeName([certificates.alternative_name("localhost")])
+            extensions.append((host, False))
+        made = certificates.issue(name, key, certificates.common_name(issuer), issuer_key, 30, extensions)
+        files[name] = made.public_bytes(certificates.serialization.Encoding.PEM), key
+    (own / "ca.crt").write_bytes(files["root"][0])
+    for name in ("director", "Amsterdam"):
+        (own / f"{name}.crt").write_bytes(files[name][0] + files["between"][0])
+        certificates.write_private(own / f"{name}.key", files[name][1])
+    running = Running(tmp_path)
+    try:
+        identity = channel.Identity.of("Amsterdam", own)
+        channel.handshake(running.address, identity)
+        channel.greet(running.address, identity)
+    finally:
+        running.end()
+    (own / "Amsterdam.crt").write_bytes(files["Amsterdam"][0])  # without the authority between
+    with pytest.raises(ValueError, match="Amsterdam.crt: is not signed by ca.crt"):
+        channel.Identity.of("Amsterdam", own)
+
+
 def test_without_certificate_or_tls_nobody_comes_in(place, director):
     bare = grpc.ssl_channel_credentials(ours(place).ca.read_bytes())
     for opened in (grpc.secure_channel(director.address, bare), grpc.insecure_channel(director.address)):

@@ -266,9 +266,9 @@ def test_memory_is_bounded_and_keeps_who_is_away(experiment):
     past = {}
     for number in range(25):
         names = ["a"] if number % 2 else ["a", "b"]
-        past = experiment.remembered(past, {name: [np.full((4, 2), number)] for name in names})
+        past = experiment.remembered(past, {name: [np.full((4, experiment.RANK), number)] for name in names})
     assert len(past["a"]) == experiment.MEMORY and len(past["b"]) == experiment.MEMORY
-    assert past["a"][-1][0][0, 0] == 24
+    assert past["a"][-1, 0, 0] == 24
 
 
 def test_who_was_wrongly_accused_once_is_judged_anew(experiment):

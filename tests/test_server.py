@@ -31,7 +31,7 @@ class Steps:
 
     def __init__(self):
         self.open = {name: SimpleNamespace(step="train") for name in MEMBERS}
-        self.taken, self.answers, self.hurry = [], [], threading.Event()
+        self.instances, self.taken, self.answers, self.hurry = {}, [], [], threading.Event()
         self.hurry.set()
 
     def get_tasks(self, name):
@@ -60,7 +60,7 @@ def steps(folder):
     module, steps = load_module("aggregator", ROOT / "director" / "aggregator.py"), Steps()
     files = {"root_certificate": "ca.crt", "certificate": "director.crt", "private_key": "director.key"}
     steps.port = free_port()
-    server = module.Server(steps, steps.port, {key: folder / file for key, file in files.items()})
+    server = module.Server(steps, steps.port, {key: folder / file for key, file in files.items()}, steps.instances)
     server.bind()
     server.server.start()
     yield steps
@@ -145,6 +145,15 @@ def test_what_is_no_answer_is_refused(steps, stub, data):
     stream = iter([base_pb2.DataStream(npbytes=data)])
     refused(lambda: stub("Amsterdam").SendTaskResults(stream), CODE.INVALID_ARGUMENT)
     assert steps.answers == []
+
+
+def test_of_two_machines_with_one_name_the_newer_counts(steps, stub):
+    steps.instances["Amsterdam"] = "another process"
+    request = aggregator_pb2.GetTasksRequest(header=header("Amsterdam"))
+    words = refused(lambda: stub("Amsterdam").GetTasks(request), CODE.ALREADY_EXISTS)
+    assert words == "another machine has joined as Amsterdam since"
+    steps.instances["Amsterdam"] = channel.INSTANCE[1]
+    list(stub("Amsterdam").GetTasks(request))
 
 
 def test_there_are_no_checkpoints(steps, stub):

@@ -43,7 +43,7 @@ def test_a_hostile_participant_costs_itself_alone(execute, federation):
         "hidden=8",
         "width=2",
         "stamped_images=0",
-        "patience=20",
+        "participant_timeout=15",
     ]
     history = ast.literal_eval(execute(environment=federation.environment, settings=settings))
     assert len(history) == len(PAYLOADS) + 1

@@ -1,0 +1,178 @@
+"""A participant's side: whatever goes wrong there is its answer, and it gives up when nobody is there."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import grpc
+import pytest
+from conftest import ROOT, load_module
+
+
+@pytest.fixture
+def collaborator(monkeypatch):
+    module = load_module("collaborator", ROOT / "envoy" / "collaborator.py")
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    return module
+
+
+def task(function_name="", number=0, quit=False, message=b"task"):
+    return SimpleNamespace(function_name=function_name, round_number=number, quit=quit, execution_environment=message)
+
+
+class Client:
+    """An aggregator with these tasks, which keeps the answers."""
+
+    def __init__(self, *tasks):
+        self.tasks, self.answers = [*tasks, task(quit=True)], []
+
+    def get_task(self):
+        return self.tasks.pop(0)
+
+    def answer(self, *answer):
+        self.answers.append(answer)
+
+
+class Flow:
+    """A flow with one step for participants."""
+
+    def after(self, step):
+        return {"train": None}[step]
+
+    def take_task(self, message):
+        self.task = message.decode()
+
+    def train(self):
+        self.report = f"{self.task} of {self.input} with {self.data}".encode()
+
+
+def test_tasks_are_answered_one_after_the_other_until_it_is_over(collaborator):
+    client = Client(task("train", 1), task(), task("train", 2, message=b"another"))
+    collaborator.Collaborator("Amsterdam", client, Flow, {"data": "images"}).run()
+    reports = [b"task of Amsterdam with images", b"another of Amsterdam with images"]
+    assert client.answers == [(1, reports[0], ""), (2, reports[1], "")]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (task("train", 1, message=b"\xff"), "train: UnicodeDecodeError"),
+        (task("__init__", 1), "__init__: KeyError"),
+        (task("no such step", 1), "no such step: KeyError"),
+    ],
+)
+def test_a_task_that_is_none_is_answered_with_the_reason(collaborator, asked, words):
+    client = Client(asked)
+    collaborator.Collaborator("Amsterdam", client, Flow, {"data": "images"}).run()
+    [(number, report, failure)] = client.answers
+    assert (number, report) == (1, b"") and failure.startswith(words)
+
+
+def test_a_step_that_raises_is_answered_with_the_reason_and_the_next_task_is_taken(collaborator):
+    client = Client(task("train", 1), task("train", 2))
+    collaborator.Collaborator("Amsterdam", client, Flow, {}).run()
+    assert [(number, failure.split(":")[1]) for number, _, failure in client.answers] == [
+        (1, " AttributeError"),
+        (2, " AttributeError"),
+    ]
+
+
+@pytest.fixture
+def participant(collaborator):
+    """An envoy's part that prepares an experiment, without a director."""
+    made = object.__new__(collaborator.Participant)
+    made.name, made.bring, made.runs = "Amsterdam", lambda: {"data": "images", "memory": {}}, Path("runs")
+    return made
+
+
+def plan(protocol=2):
+    return SimpleNamespace(
+        config={"contract": {"protocol": protocol, "run": "one"}, "federated_flow": {"template": "src.flow.Flow"}}
+    )
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """The current folder, with an experiment's code in it."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path / "src" / "flow.py"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "src"]:
+        del sys.modules[name]
+
+
+def test_every_experiment_runs_its_own_code(participant, workspace):
+    for number in (1, 2):
+        workspace.write_text(f"class Flow:\n    number = {number}\n" + "#" * number)
+        flow, private = participant.prepare(plan())
+        assert flow.number == number
+        assert private == {"data": "images", "memory": {"folder": Path("runs/one")}}
+
+
+@pytest.mark.parametrize("protocol", [1, 3, None])
+def test_an_envoy_of_another_protocol_says_so_in_every_answer(collaborator, participant, workspace, protocol):
+    workspace.write_text("raise SystemExit('must not run')")
+    client = Client(task("train", 1))
+    collaborator.Collaborator("Amsterdam", client, *participant.prepare(plan(protocol))).run()
+    [(_, report, failure)] = client.answers
+    assert report == b"" and f"the experiment speaks protocol {protocol} and envoy/ 2" in failure
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [("import a_package_that_nobody_has", "a_package_that_nobody_has"), ("raise SystemExit(3)", "SystemExit: 3")],
+)
+def test_code_that_cannot_be_loaded_is_the_answer(collaborator, participant, workspace, code, words):
+    workspace.write_text(code)
+    client = Client(task("train", 1))
+    collaborator.Collaborator("Amsterdam", client, *participant.prepare(plan())).run()
+    assert "cannot take part" in client.answers[0][2] and words in client.answers[0][2]
+
+
+def test_data_that_are_gone_are_the_answer(collaborator, participant, workspace):
+    workspace.write_text("class Flow:\n    pass\n")
+
+    def gone():
+        raise ValueError("data.folder: there is no folder images")
+
+    participant.bring, client = gone, Client(task("train", 1))
+    collaborator.Collaborator("Amsterdam", client, *participant.prepare(plan())).run()
+    assert "data.folder: there is no folder images" in client.answers[0][2]
+
+
+class NoAnswer(grpc.RpcError):
+    """What gRPC raises."""
+
+    def __init__(self, code):
+        self.code, self.details = lambda: code, lambda: "words"
+
+
+def test_the_aggregator_is_tried_thirty_times_in_a_row_and_not_in_all(collaborator):
+    client, outcomes = object.__new__(collaborator.AggregatorClient), []
+    client.address = "localhost:1"
+
+    def call():
+        if outcomes and outcomes.pop():
+            return "answer"
+        raise NoAnswer(grpc.StatusCode.UNAVAILABLE)
+
+    for _ in range(3):
+        outcomes += [True] + [False] * (collaborator.TRIES - 1)
+        assert client.insist(call) == "answer"
+    with pytest.raises(ConnectionError, match="no aggregator at localhost:1"):
+        client.insist(call)
+
+
+def test_a_refusal_is_final(collaborator):
+    client, tries = object.__new__(collaborator.AggregatorClient), []
+    client.address = "localhost:1"
+
+    def call():
+        tries.append(1)
+        raise NoAnswer(grpc.StatusCode.PERMISSION_DENIED)
+
+    with pytest.raises(ConnectionError, match="the aggregator at localhost:1 refuses: words"):
+        client.insist(call)
+    assert len(tries) == 1
