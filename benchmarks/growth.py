@@ -40,7 +40,7 @@ def round_of(experiment, participants: int):
     bring = {f"P{i}": functools.partial(private_attributes.participant, f"P{i}", data | {"index": i})
              for i in range(participants)}  # fmt: skip
     members = [Collaborator(name=name, private_attributes_callable=call) for name, call in bring.items()]
-    small = {"hidden": 64, "width": 8, "validation_samples": None, "stamped_images": 0}  # stamps: see inspection.py
+    small = {"hidden": 64, "width": 8, "validation_samples": None}
     config = replace(experiment.demo, rounds=1, local_epochs=1, **small)
     flow = experiment.FederatedCrowdGuard(config)
     flow.runtime = LocalRuntime(Aggregator(name="aggregator"), members, backend="single_process")

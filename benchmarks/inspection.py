@@ -29,8 +29,7 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 RESULTS = ROOT / "benchmarks" / "inspection.csv"
 PUBLISHED = "openfl-tutorials/experimental/workflow/CrowdGuard/CrowdGuardClientValidation.py"
-WAYS = ("bare forward", "published", "paper", "crowd", "adaptive")  # the last two without the stamps, which are apart
-STAMPED_PASSES = 1_032  # 8 images, and each with 128 stamps
+WAYS = ("bare forward", "published", "paper", "crowd")
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,10 @@ class Point:
 
 
 def points() -> list[Point]:
-    """Samples with four full nets, and models with narrow ones; the stamps beside as many bare passes."""
-    by_samples = [(4, samples, 64, 4096) for samples in (500, 2000, 6000)]
-    by_models = [(models, 500, 32, 512) for models in (4, 10, 20)]
-    images = [Point(m, s, way, w, h) for m, s, w, h in by_samples + by_models for way in WAYS]
-    crowds = [(m, STAMPED_PASSES, w, h) for m, s, w, h in by_samples + by_models if s == 500]
-    return images + [Point(m, s, way, w, h) for m, s, w, h in crowds for way in ("bare forward", "stamps")]
+    """Samples with four full nets, and models with narrow ones."""
+    by_samples = [(4, samples, 64, 4096) for samples in (128, 500, 2000)]
+    by_models = [(models, 128, 32, 512) for models in (4, 10, 20)]
+    return [Point(m, s, way, w, h) for m, s, w, h in by_samples + by_models for way in WAYS]
 
 
 # --- In a process of its own --------------------------------------------------------------------------------------
@@ -107,15 +104,6 @@ def published(experiment, origin, models, loader):
         module.CrowdGuardClientValidation.validate_models(origin, models, 0, loader, "cpu")
 
 
-def inspect(experiment, origin, models, loader, samples):
-    experiment.Inspection(loader.dataset, samples, stamped=0).decide(origin, dict(enumerate(models)), 0, "cpu")
-
-
-def provoke(experiment, origin, models, loader):
-    images = next(iter(loader))[0][: experiment.STAMPED]
-    experiment.provoked(experiment.stamp_responses(origin, models, images, "cpu"), own=0)
-
-
 def measure(point: Point) -> dict:
     experiment = load_experiment()
     origin, models, loader = crowd_of(experiment, point)
@@ -123,9 +111,7 @@ def measure(point: Point) -> dict:
         "bare forward": lambda: bare_forward(origin, models, loader),
         "published": lambda: published(experiment, origin, models, loader),
         "paper": lambda: experiment.validate_models(origin, models, 0, loader, "cpu", "paper"),
-        "crowd": lambda: inspect(experiment, origin, models, loader, None),
-        "adaptive": lambda: inspect(experiment, origin, models, loader, "adaptive"),
-        "stamps": lambda: provoke(experiment, origin, models, loader),
+        "crowd": lambda: experiment.validate_models(origin, models, 0, loader, "cpu"),
     }[point.way]
     origin(torch.zeros(64, 3, 32, 32))  # threads and buffers are there from now on
     peak = Peak()
@@ -168,7 +154,7 @@ def table() -> pd.DataFrame:
 
 def figure(summary: pd.DataFrame) -> None:
     """Time against bare forward passes, with the range of the repetitions, and memory; four full nets."""
-    full = summary.xs(64, level="width").droplevel("models").drop(STAMPED_PASSES, level="samples").reset_index()
+    full = summary.xs(64, level="width").droplevel("models").reset_index()
     picture, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axis, value, title in zip(axes, ("ratio", "peak_mb"), ("time / bare forward passes", "MB"), strict=True):
         for way, rows in full.groupby("way", sort=False):

@@ -42,7 +42,6 @@ def test_a_hostile_participant_costs_itself_alone(execute, federation):
         "local_epochs=1",
         "hidden=8",
         "width=2",
-        
         "participant_timeout=15",
     ]
     history = ast.literal_eval(execute(environment=federation.environment, settings=settings))
