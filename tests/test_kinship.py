@@ -238,7 +238,7 @@ def history(experiment, seen, rounds=1):
 
 @pytest.mark.parametrize("factor", [1, -1, 0.5, 5])
 def test_who_replays_anothers_update_is_the_suspect_and_its_victim_is_not(experiment, conv_models, images, factor):
-    """Participant 2 repeats a part of its update, as honest ones do; 6 sends what 2 has sent before, or its negative."""
+    """Participant 2 repeats a part of its update, as honest ones do; 6 sends what 2 has sent, or its negative."""
     origin, models = conv_models
     reference, before = origin.state_dict(), experiment.look(origin, [models[2]], images, "cpu")
     past = [[] for _ in range(7)]
