@@ -216,22 +216,6 @@ def test_portions_of_one_megabyte_change_nothing_but_the_number_of_messages(expe
     assert parts.global_model == whole.global_model
 
 
-def test_models_are_handed_over_again_to_those_alone_who_need_more_images(experiment, run, monkeypatch):
-    """Four portions of models, 40 images in portions of 10: Bangalore settles at once, the others never do."""
-    monkeypatch.setattr(experiment, "FIRST_PORTION", 10)
-    handed, inspect_models = [], experiment.inspect_models
-
-    def counted(config, task, name, *rest):
-        handed.append(name)
-        monkeypatch.setattr(experiment, "is_settled", lambda *args: name == "Bangalore")
-        return inspect_models(config, task, name, *rest)
-
-    monkeypatch.setattr(experiment, "inspect_models", counted)
-    row = run(message_mb=1, rounds=1).history[0]
-    assert {name: handed.count(name) for name in NAMES} == dict.fromkeys(NAMES, 3 * 4) | {"Bangalore": 4}
-    assert set(row["votes"]) == set(NAMES) and row["failed"] == {}
-
-
 def test_a_validator_that_never_decides_is_given_up_and_reported(experiment, run, monkeypatch):
     monkeypatch.setattr(experiment, "inspect_models", lambda *args: experiment.Report())
     row = run(message_mb=1, rounds=1).history[0]
