@@ -44,7 +44,7 @@ print("done", flush=True)
 class Notebook:
     """A notebook that runs an experiment, as a process: its exported cells and what connects them to a federation."""
 
-    def __init__(self, cluster, folder: Path, settings=(), wish="run", name=""):
+    def __init__(self, cluster, folder: Path, settings=(), wish="run", name="", within=()):
         from experimenter import run
 
         self.folder, self.log = folder, folder / "notebook.log"
@@ -57,7 +57,7 @@ class Notebook:
         }
         environment = cluster.environment | {key: str(value) for key, value in places.items()}
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-c", NOTEBOOK, folder, wish, *([name] if name else [])],
+            [*within, sys.executable, "-u", "-c", NOTEBOOK, folder, wish, *([name] if name else [])],
             cwd=ROOT, stdout=self.log.open("w"), stderr=subprocess.STDOUT, env=environment,
         )  # fmt: skip
 
@@ -99,8 +99,8 @@ class Notebook:
 class Cluster(Federation):
     """Director and envoys, of which each can be ended and started again."""
 
-    def __init__(self, folder: Path, participants=4):
-        super().__init__(participants, 0, FEW)
+    def __init__(self, folder: Path, participants=4, host="localhost"):
+        super().__init__(participants, 0, FEW, host)
         self.commands, self.place, self.count = {}, folder, 0
         self.environment["CROWDGUARD_RUNS"] = str(folder / "runs")
         self.environment["PYTHONPATH"] = str(ROOT)
@@ -112,9 +112,9 @@ class Cluster(Federation):
         self.kill("director")
         self.restart("director")
 
-    def spawn(self, name, command):
+    def spawn(self, name, command, within=()):
         self.commands[name] = command
-        super().spawn(name, command)
+        super().spawn(name, command, within)
 
     def kill(self, name: str, how=signal.SIGKILL) -> None:
         os.kill(self.processes[name].pid, how)
@@ -142,6 +142,6 @@ class Cluster(Federation):
         words = "Envoy {} is connected"
         self.wait_for("director", lambda: all(words.format(n) in self.log("director").read_text() for n in names))
 
-    def notebook(self, settings=(), wish="run", name="") -> Notebook:
+    def notebook(self, settings=(), wish="run", name="", within=()) -> Notebook:
         self.count += 1
-        return Notebook(self, self.place / f"notebook{self.count}", settings, wish, name)
+        return Notebook(self, self.place / f"notebook{self.count}", settings, wish, name, within)
