@@ -28,16 +28,16 @@ the flow reads what `pack_task` has written, and the flow's step leaves its answ
 import asyncio
 import contextlib
 import logging
-import threading
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError
+from grpc import aio
 from openfl.experimental.workflow.component.aggregator import aggregator
 from openfl.experimental.workflow.interface import FLSpec
 from openfl.experimental.workflow.protocols import aggregator_pb2, aggregator_pb2_grpc
@@ -86,7 +86,7 @@ class Aggregator(aggregator.Aggregator):
         """
         super().__init__(plan.aggregator_uuid, plan.federation_uuid, participants, flow, private_attributes={})
         self.open, self.count, self.traffic = {}, 0, []  # `open`: participant → the assignment it has not answered yet
-        self.changed, self.answered = threading.Condition(), asyncio.Event()
+        self.changed, self.answered = asyncio.Condition(), asyncio.Event()
         self.silence, self.tell, self.keep, self.stopped, self.state = silence, tell, keep, None, None
 
     async def run_flow(self) -> None:
@@ -103,9 +103,8 @@ class Aggregator(aggregator.Aggregator):
             error = f"{type(failure).__name__}: {failure} ({place.name}, line {place.lineno})"
         finally:
             log.removeHandler(handler)
-            with self.changed:
-                self.open, self.time_to_quit = {}, True
-                self.changed.notify_all()
+            self.open, self.time_to_quit = {}, True
+            await self.announce()
         known = self.known
         model = getattr(known, "global_model", None) or getattr(known, "current", None) or b""
         self.state = State(getattr(known, "history", []), self.traffic, error, model)
@@ -116,13 +115,12 @@ class Aggregator(aggregator.Aggregator):
         return next(iter(getattr(self, "instance_snapshot", None) or ()), self.flow)
 
     async def run_steps(self):
-        self.loop = asyncio.get_running_loop()
         FLSpec._reset_clones()
         FLSpec._create_clones(self.flow, self.authorized_cols)
         step = await asyncio.to_thread(self.do_task, "start")
         rounds = len(self.known.history)
         while not self.time_to_quit:
-            self.ask(step)
+            await self.ask(step)
             await self.answers(step)
             self.flow.restore_instance_snapshot(self.flow, list(self.instance_snapshot or ()))
             self.instance_snapshot = None
@@ -157,12 +155,16 @@ class Aggregator(aggregator.Aggregator):
 
     # --- What the participants are asked ---
 
-    def ask(self, step: str) -> None:
-        """Gives the step to the participants that the flow has selected; who is missing has no report."""
-        with self.changed:
-            for name in self.selected_collaborators:
-                self.count += 1
-                self.open[name] = Assignment(self.count, step, self.clones_dict[name])
+    async def ask(self, step: str) -> None:
+        """Gives the step to the participants that the flow has selected."""
+        for name in self.selected_collaborators:
+            self.count += 1
+            self.open[name] = Assignment(self.count, step, self.clones_dict[name])
+        await self.announce()
+
+    async def announce(self) -> None:
+        """Wakes the participants that wait for a task."""
+        async with self.changed:
             self.changed.notify_all()
 
     async def answers(self, step: str) -> None:
@@ -214,30 +216,30 @@ class Aggregator(aggregator.Aggregator):
 
     def take(self, name: str, assignment: Assignment | None, report: bytes | str) -> bool:
         """Puts the report on the participant's clone, unless it has one already."""
-        with self.changed:
-            if assignment is None or self.open.get(name) is not assignment:
-                return False
-            for attribute in self.kwargs["include"]:
-                vars(assignment.clone).pop(attribute, None)
-            assignment.clone.report = report
-            del self.open[name]
-        self.loop.call_soon_threadsafe(self.answered.set)
+        if assignment is None or self.open.get(name) is not assignment:
+            return False
+        for attribute in self.kwargs["include"]:
+            vars(assignment.clone).pop(attribute, None)
+        assignment.clone.report = report
+        del self.open[name]
+        self.answered.set()
         return True
 
-    # --- What the participants ask, each in a thread of the server ---
+    # --- What the participants ask ---
 
-    def get_tasks(self, name: str) -> tuple:
+    async def get_tasks(self, name: str) -> tuple:
         """Number, step and message of the participant's task, again if it has not answered; and whether it is over."""
-        with self.changed:
-            self.changed.wait_for(lambda: name in self.open or self.time_to_quit, WAIT)
-            assignment = self.open.get(name)
-            if assignment is None:
-                self.quit_job_sent_to += [name] if self.time_to_quit else []
-                return 0, "", b"", self.time_to_quit
-            message = assignment.clone.pack_task()
-            row = {"round": self.known.round, "step": assignment.step, "participant": name, "down": len(message)}
-            assignment.traffic.append(row | {"given": time.time()})
-            self.traffic.append(assignment.traffic[-1])
+        with contextlib.suppress(TimeoutError):
+            async with self.changed, asyncio.timeout(WAIT):
+                await self.changed.wait_for(lambda: name in self.open or self.time_to_quit)
+        assignment = self.open.get(name)
+        if assignment is None:
+            self.quit_job_sent_to += [name] if self.time_to_quit else []
+            return 0, "", b"", self.time_to_quit
+        message = assignment.clone.pack_task()
+        row = {"round": self.known.round, "step": assignment.step, "participant": name, "down": len(message)}
+        assignment.traffic.append(row | {"given": time.time()})
+        self.traffic.append(assignment.traffic[-1])
         return assignment.number, assignment.step, message, False
 
     def send_task_results(self, name: str, number: int, message: bytes, failure: str) -> None:
@@ -271,7 +273,7 @@ class ToNotebook(logging.Handler):
 
 CHUNK = 4 << 20  # bytes of one gRPC message; both sides send longer ones in pieces of 2 MB
 ENVELOPE = 1 << 16  # bytes of what OpenFL puts around an answer
-AT_ONCE = 4  # calls of one participant at the same time
+AT_ONCE = 8  # calls of one certificate at the same time
 CHANNEL = [
     ("grpc.keepalive_time_ms", 10_000),  # a link that is cut is noticed
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -279,6 +281,7 @@ CHANNEL = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.max_concurrent_streams", 2 * AT_ONCE),  # of one connection
     ("grpc.max_receive_message_length", CHUNK),
     ("grpc.max_send_message_length", -1),
     ("grpc.max_metadata_size", 1 << 14),
@@ -296,75 +299,90 @@ def common_name(context) -> str:
     return next(iter(context.auth_context().get("x509_common_name", [b""]))).decode(errors="replace")
 
 
+class Callers:
+    """How many calls each certificate has open: one member's cannot keep the others' from being answered."""
+
+    def __init__(self):
+        self.open = Counter()
+
+    @contextlib.asynccontextmanager
+    async def admit(self, name: str, context):
+        """The time of a call; ends it at once if there are too many of this certificate."""
+        if self.open[name] >= AT_ONCE:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{name} has {AT_ONCE} calls open")
+        self.open[name] += 1
+        try:
+            yield name
+        finally:
+            self.open[name] -= 1
+
+
 class Server(AggregatorGRPCServer):
     """The aggregator's server. It knows by the certificate who calls before it reads what is said, and how much."""
 
     def __init__(self, aggregator: Aggregator, port: int, certificates: dict, instances: dict):
         """`instances`: participant → the process that has joined as it last."""
         super().__init__(aggregator, port, **certificates)
-        self.instances = instances
-        self.calls = {name: threading.BoundedSemaphore(AT_ONCE) for name in aggregator.authorized_cols}
+        self.instances, self.callers = instances, Callers()
 
-    def caller(self, context) -> str:
+    @contextlib.asynccontextmanager
+    async def caller(self, context):
         """Who calls; ends the call if it is nobody of this experiment, or calls too often at once."""
         name = common_name(context)
-        if name not in self.calls:
+        if name not in self.aggregator.authorized_cols:
             place = unquote(context.peer())
             log.warning("%s at %s calls the aggregator and is not in this experiment", name or "somebody", place)
-            context.abort(grpc.StatusCode.PERMISSION_DENIED, f"{name} is not in this experiment")
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"{name} is not in this experiment")
         if self.instances.get(name, instance_of(context)) != instance_of(context):
-            context.abort(grpc.StatusCode.ALREADY_EXISTS, f"another machine has joined as {name} since")
-        if not self.calls[name].acquire(blocking=False):
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{name} has {AT_ONCE} calls open")
-        context.add_callback(self.calls[name].release)
-        return name
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"another machine has joined as {name} since")
+        async with self.callers.admit(name, context):
+            yield name
 
-    def check(self, header, name: str, context) -> None:
+    async def check(self, header, name: str, context) -> None:
         """Ends the call if the message is not from its sender, or not for this aggregator."""
         if (header.sender, header.receiver) != (name, self.aggregator.uuid):
-            context.abort(
-                grpc.StatusCode.PERMISSION_DENIED, f"{name} cannot speak for {header.sender[:50]}, or not here"
-            )
+            words = f"{name} speaks for {header.sender[:50]}, or elsewhere"
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, words)
 
-    def GetTasks(self, request, context):  # noqa: N802
-        name = self.caller(context)
-        self.check(request.header, name, context)
-        number, step, message, over = self.aggregator.get_tasks(name)
-        answer = {"round_number": number, "function_name": step, "execution_environment": message}
-        header = self.get_header(name)
-        return proto_to_datastream(aggregator_pb2.GetTasksResponse(header=header, quit=over, **answer))
+    async def GetTasks(self, request, context):  # noqa: N802
+        async with self.caller(context) as name:
+            await self.check(request.header, name, context)
+            number, step, message, over = await self.aggregator.get_tasks(name)
+            answer = {"round_number": number, "function_name": step, "execution_environment": message, "quit": over}
+            for part in proto_to_datastream(aggregator_pb2.GetTasksResponse(header=self.get_header(name), **answer)):
+                yield part
 
-    def SendTaskResults(self, stream, context):  # noqa: N802
-        name = self.caller(context)
-        message, request = self.collect(stream, name, context), aggregator_pb2.TaskResultsRequest()
-        try:
-            request.ParseFromString(message)
-        except DecodeError as error:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not an answer: {error}")
-        self.check(request.header, name, context)
-        self.aggregator.send_task_results(name, request.round_number, request.execution_environment, request.next_step)
-        return aggregator_pb2.TaskResultsResponse(header=self.get_header(name))
+    async def SendTaskResults(self, stream, context):  # noqa: N802
+        async with self.caller(context) as name:
+            message, request = await self.collect(stream, name, context), aggregator_pb2.TaskResultsRequest()
+            try:
+                request.ParseFromString(message)
+            except DecodeError as error:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not an answer: {error}")
+            await self.check(request.header, name, context)
+            answer = request.round_number, request.execution_environment, request.next_step
+            self.aggregator.send_task_results(name, *answer)
+            return aggregator_pb2.TaskResultsResponse(header=self.get_header(name))
 
-    def collect(self, stream, name: str, context) -> bytes:
+    async def collect(self, stream, name: str, context) -> bytes:
         """The stream's bytes; as soon as they are too many the sender is out of the round."""
         assignment, most = self.aggregator.open.get(name), self.aggregator.largest_answer(name)
         collected = bytearray()
-        for part in stream:
+        async for part in stream:
             collected += part.npbytes
             if len(collected) > most + ENVELOPE:
                 reason = f"{assignment.step if assignment else 'answer'}: more than {most} bytes"
                 self.aggregator.take(name, assignment, reason)
-                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
         return bytes(collected)
 
-    def CallCheckpoint(self, stream, context):  # noqa: N802
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "there are no checkpoints: they would be pickles")
+    async def CallCheckpoint(self, stream, context):  # noqa: N802
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "there are no checkpoints: they would be pickles")
 
     def bind(self) -> None:
         files = (self.private_key, self.certificate, self.root_certificate)
         key, certificate, root = (file.read_bytes() for file in files)
-        # Every participant that waits for a task occupies a thread; threads are made when needed.
-        self.server = grpc.server(ThreadPoolExecutor(AT_ONCE * len(self.calls) + 8), options=CHANNEL)
+        self.server = aio.server(options=CHANNEL)  # no threads: who says nothing for long occupies nobody
         aggregator_pb2_grpc.add_AggregatorServicer_to_server(self, self.server)
         credentials = grpc.ssl_server_credentials(((key, certificate),), root, require_client_auth=True)
         self.server.add_secure_port(self.uri, credentials)

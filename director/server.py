@@ -1,6 +1,7 @@
 """OpenFL's director, which knows certificates by name and goes on after an experiment that it cannot run."""
 
 import asyncio
+import contextlib
 import functools
 import importlib
 import json
@@ -19,7 +20,7 @@ from urllib.parse import unquote
 import checkpoints
 import grpc
 import yaml
-from aggregator import CHANNEL, CHUNK, PROTOCOL, Aggregator, Server, State, common_name, instance_of
+from aggregator import CHANNEL, CHUNK, PROTOCOL, Aggregator, Callers, Server, State, common_name, instance_of
 from grpc import aio
 from openfl.experimental.workflow.component.director import director, experiment
 from openfl.experimental.workflow.federated import Plan
@@ -49,8 +50,13 @@ async def until(condition, seconds: float = float("inf")) -> bool:
 class Door(DirectorGRPCServer):
     """The director's server: whoever calls is known by the certificate and answered in that name alone."""
 
-    async def require(self, name: str, context, joins: bool = False) -> None:
-        """Ends the call unless it comes from software that fits, and with this name's certificate."""
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.callers = Callers()
+
+    @contextlib.asynccontextmanager
+    async def require(self, name: str, context, joins: bool = False):
+        """The time of a call; ends it unless it comes from software that fits, and with this name's certificate."""
         caller, place = self.get_caller(context), unquote(context.peer())
         await context.send_initial_metadata(tuple(OURS.items()))
         said = {key: value for key, value in context.invocation_metadata() or () if key in OURS}
@@ -69,65 +75,69 @@ class Door(DirectorGRPCServer):
             instances[name] = instance_of(context)
         if instances.get(name, instance_of(context)) != instance_of(context):
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"another machine has joined as {name} since")
+        async with self.callers.admit(caller, context):
+            yield
 
     def get_caller(self, context) -> str:
         return common_name(context)
 
     async def EnvoyConnectionRequest(self, request, context):  # noqa: N802
-        await self.require(request.envoy_name, context, joins=True)
-        return super().EnvoyConnectionRequest(request, context)
+        async with self.require(request.envoy_name, context, joins=True):
+            return super().EnvoyConnectionRequest(request, context)
 
     async def UpdateEnvoyStatus(self, request, context):  # noqa: N802
-        await self.require(request.name, context)
-        return await super().UpdateEnvoyStatus(request, context)
+        async with self.require(request.name, context):
+            return await super().UpdateEnvoyStatus(request, context)
 
     async def WaitExperiment(self, request, context):  # noqa: N802
-        await self.require(request.collaborator_name, context)
-        return await super().WaitExperiment(request, context)
+        async with self.require(request.collaborator_name, context):
+            return await super().WaitExperiment(request, context)
 
     async def GetExperimentData(self, request, context):  # noqa: N802
-        await self.require(request.collaborator_name, context)
-        known = self.director.experiments_registry.get(request.experiment_name)
-        if known is None or request.collaborator_name not in known.collaborators or not known.archive_path.exists():
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no such experiment, or not yours, or it is over")
-        async for part in super().GetExperimentData(request, context):
-            yield part
+        async with self.require(request.collaborator_name, context):
+            known = self.director.experiments_registry.get(request.experiment_name)
+            if known is None or request.collaborator_name not in known.collaborators or not known.archive_path.exists():
+                await context.abort(grpc.StatusCode.NOT_FOUND, "no such experiment, or not yours, or it is over")
+            async for part in super().GetExperimentData(request, context):
+                yield part
 
     async def GetEnvoys(self, request, context):  # noqa: N802
-        await self.require("experimenter", context)
-        answer = await super().GetEnvoys(request, context)
-        refused = self.director.refused.items()
-        answer.envoy_infos.extend(director_pb2.EnvoyInfo(envoy_name=n, experiment_name=words) for n, words in refused)
-        return answer
+        async with self.require("experimenter", context):
+            answer = await super().GetEnvoys(request, context)
+            refused = self.director.refused.items()
+            answer.envoy_infos.extend(
+                director_pb2.EnvoyInfo(envoy_name=n, experiment_name=words) for n, words in refused
+            )
+            return answer
 
     async def SetNewExperiment(self, stream, context):  # noqa: N802
-        await self.require("experimenter", context)
-        return await super().SetNewExperiment(stream, context)
+        async with self.require("experimenter", context):
+            return await super().SetNewExperiment(stream, context)
 
     async def GetExperimentStdout(self, request, context):  # noqa: N802
         """What the notebook is told, from the line on that the metadata names: it may have lost us before."""
-        await self.require("experimenter", context)
-        known = await self.find(request.experiment_name, context)
-        told = int(dict(context.invocation_metadata()).get("from", 0))
-        while await until(functools.partial(known.has_news, told)) and len(known.said) > told:
-            yield director_pb2.GetExperimentStdoutResponse(**known.said[told])
-            told += 1
+        async with self.require("experimenter", context):
+            known = await self.find(request.experiment_name, context)
+            told = int(dict(context.invocation_metadata()).get("from", 0))
+            while await until(functools.partial(known.has_news, told)) and len(known.said) > told:
+                yield director_pb2.GetExperimentStdoutResponse(**known.said[told])
+                told += 1
 
     async def GetFlowState(self, request, context):  # noqa: N802
         """The state of the experiment that the metadata names: first a message of JSON, then the model's bytes.
 
         The metadata may also ask for the experiment's end.
         """
-        await self.require("experimenter", context)
-        wish = dict(context.invocation_metadata())
-        known = await self.find(wish.get("experiment", ""), context)
-        if "stop" in wish:
-            known.stop("stopped by the experimenter")
-        await until(lambda: known.state)
-        model, head = known.state.model, asdict(known.state) | {"model": len(known.state.model)}
-        await context.write(base_pb2.DataStream(npbytes=json.dumps(head).encode()))
-        for begin in range(0, len(model), CHUNK // 2):
-            await context.write(base_pb2.DataStream(npbytes=model[begin : begin + CHUNK // 2]))
+        async with self.require("experimenter", context):
+            wish = dict(context.invocation_metadata())
+            known = await self.find(wish.get("experiment", ""), context)
+            if "stop" in wish:
+                known.stop("stopped by the experimenter")
+            await until(lambda: known.state)
+            model, head = known.state.model, asdict(known.state) | {"model": len(known.state.model)}
+            await context.write(base_pb2.DataStream(npbytes=json.dumps(head).encode()))
+            for begin in range(0, len(model), CHUNK // 2):
+                await context.write(base_pb2.DataStream(npbytes=model[begin : begin + CHUNK // 2]))
 
     async def find(self, name: str, context):
         if known := self.director.experiments_registry.get(name):
@@ -271,13 +281,13 @@ class Experiment(experiment.Experiment):
 
     async def _run_aggregator_grpc_server(self, server):
         aggregator = server.aggregator
-        server.server.start()
+        await server.server.start()
         try:
             await until(lambda: aggregator.time_to_quit)
             if await until(lambda: all(self.knows(name) for name in self.collaborators), GOODBYE):
                 await asyncio.sleep(1)  # the last one is just being told
         finally:
-            server.server.stop(0)
+            await server.server.stop(0)
 
     def knows(self, participant: str) -> bool:
         """Whether the participant has been told that it is over, or is not there."""

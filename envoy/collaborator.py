@@ -35,10 +35,14 @@ class AggregatorClient:
     def __init__(self, name: str, plan, identity: Identity):
         network = plan.config["network"]["settings"]
         self.address = f"{network['agg_addr']}:{network['agg_port']}"
-        self.stub = aggregator_pb2_grpc.AggregatorStub(open_channel(self.address, identity))
+        self.identity = identity
+        self.connect()
         self.header = aggregator_pb2.MessageHeader(
             sender=name, receiver=plan.aggregator_uuid, federation_uuid=plan.federation_uuid
         )
+
+    def connect(self) -> None:
+        self.stub = aggregator_pb2_grpc.AggregatorStub(open_channel(self.address, self.identity))
 
     def get_task(self):
         """The next task, or the same again if it has not been answered."""
@@ -66,6 +70,7 @@ class AggregatorClient:
                     raise ConnectionError(f"the aggregator at {self.address} refuses: {error.details()}") from None
                 log.info("no answer from the aggregator at %s: %s", self.address, error.details())
                 time.sleep(1)
+                self.connect()
         raise ConnectionError(f"no aggregator at {self.address}")
 
 
@@ -123,8 +128,12 @@ class DirectorClient(EnvoyDirectorClient):
     after an error, which later would end the envoy."""
 
     def __init__(self, address: str, name: str, identity: Identity):
-        self.envoy_name = name
-        self.stub = director_pb2_grpc.DirectorStub(open_channel(address, identity))
+        self.envoy_name, self.address, self.identity = name, address, identity
+        self.connect()
+
+    def connect(self) -> None:
+        """Opens a new channel: the one that was broken may sit in gRPC's back-off for minutes."""
+        self.stub = director_pb2_grpc.DirectorStub(open_channel(self.address, self.identity))
 
     def connect_envoy(self, envoy_name):
         request = director_pb2.SendConnectionRequest(envoy_name=envoy_name)
@@ -143,9 +152,11 @@ class DirectorClient(EnvoyDirectorClient):
             return self.stub.UpdateEnvoyStatus(status, timeout=PAUSE).health_check_period.seconds
         except grpc.RpcError as error:
             give_way(error)
-            if error.code() is grpc.StatusCode.NOT_FOUND:  # the director has been restarted
-                with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(ConnectionError):
+                if error.code() is grpc.StatusCode.NOT_FOUND:  # the director has been restarted
                     self.connect_envoy(envoy_name)
+                else:
+                    self.connect()
             return PAUSE
 
 

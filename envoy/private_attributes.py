@@ -90,7 +90,8 @@ def read_settings(path: str | Path) -> Settings:
         raise SystemExit(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        key, message = ".".join(map(str, first["loc"])) or "the file", first["msg"]
+        key = repr(".".join(map(str, first["loc"])) or "the file")[1:-1]  # a key may hold anything
+        message = first["msg"]
         if first["type"] == "value_error":  # one of ours, which begins with the key inside the section
             raise SystemExit(f"{path}: {key}.{message.removeprefix('Value error, ')}") from None
         raise SystemExit(f"{path}: {key}: {message} (found: {first['input']!r:.60})") from None

@@ -63,7 +63,10 @@ class DirectorClient(RuntimeDirectorClient):
 
     def __init__(self, identity: Identity):
         self.identity = identity
-        self.stub = director_pb2_grpc.DirectorStub(open_channel(DIRECTOR, identity))
+        self.connect()
+
+    def connect(self) -> None:
+        self.stub = director_pb2_grpc.DirectorStub(open_channel(DIRECTOR, self.identity))
 
     def get_envoys(self):
         return self.stub.GetEnvoys(director_pb2.GetEnvoysRequest())
@@ -175,6 +178,7 @@ class Federation(FederatedRuntime):
                     raise ConnectionError(f"{words}: attach({self.name!r}) asks again") from None
                 log.warning("no answer from the director, trying again: %s", error.details())
                 time.sleep(RETRY)
+                self._runtime_dir_client.connect()
 
     def attach(self, name: str) -> State:
         """What comes of an experiment that was submitted before, by a notebook that is gone."""

@@ -100,11 +100,11 @@ class Federation:
     Attributes: `folder` (settings, certificates and logs), `environment` of commands that want to reach the director.
     """
 
-    def __init__(self, participants: int = 4, malicious: int = 1, overrides=()):
+    def __init__(self, participants: int = 4, malicious: int = 1, overrides=(), host: str = "localhost"):
         if not 0 <= malicious < participants:
             raise SystemExit(f"--malicious {malicious}: must be at least 0 and smaller than --participants")
         director_port, aggregator_port = free_ports(2)
-        self.address = f"localhost:{director_port}"
+        self.host, self.address = host, f"{host}:{director_port}"
         self.settings = participant_settings(participants, malicious, self.address, overrides)
         (ROOT / ".federation").mkdir(exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=ROOT / ".federation"))
@@ -138,7 +138,7 @@ class Federation:
 
     def start(self):
         certificates = self.folder / "certificates"
-        make_certificates(certificates, "localhost", list(self.settings), days=7)
+        make_certificates(certificates, self.host, list(self.settings), days=7)
         for folder in ("home", "logs", "envoys", "director", *self.settings):
             (self.folder / folder).mkdir()
         self.guardian = subprocess.Popen(
@@ -171,12 +171,15 @@ class Federation:
     def log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.log"
 
-    def spawn(self, name: str, command: list) -> None:
-        """Starts a Python program in a folder of its own, its output in a log, its life in the guardian's hands."""
+    def spawn(self, name: str, command: list, within: tuple = ()) -> None:
+        """Starts a Python program in a folder of its own, its output in a log, its life in the guardian's hands.
+
+        `within` stands before it, a command that runs it elsewhere.
+        """
         threads = max(1, (os.cpu_count() or 1) // len(self.settings))
         with self.log(name).open("w") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-u", *command], cwd=self.folder / name, stdin=subprocess.DEVNULL,
+                [*within, sys.executable, "-u", *command], cwd=self.folder / name, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 env=self.environment | {"OMP_NUM_THREADS": str(threads)},
             )  # fmt: skip

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -32,8 +31,7 @@ def aggregator(module):
     made = object.__new__(module.Aggregator)
     made.flow, made.kwargs, made.time_to_quit, made.quit_job_sent_to = Flow(), {"include": ["task"]}, False, []
     made.open, made.count, made.traffic = {}, 0, []
-    made.changed, made.answered = threading.Condition(), asyncio.Event()
-    made.loop = SimpleNamespace(call_soon_threadsafe=lambda function: function())
+    made.changed, made.answered = asyncio.Condition(), asyncio.Event()
     made.selected_collaborators = made.authorized_cols = NAMES
     made.silent = dict.fromkeys(NAMES, 0)
     made.silence, made.stopped = made.silent.get, None
@@ -42,55 +40,64 @@ def aggregator(module):
 
 
 def test_a_task_is_given_again_until_it_is_answered(aggregator, module, monkeypatch):
-    monkeypatch.setattr(module, "WAIT", 0)
-    aggregator.ask("train")
-    first, again = (aggregator.get_tasks("Amsterdam") for _ in range(2))
-    assert first == again == (1, "train", b"task of Amsterdam", False)
-    aggregator.send_task_results("Amsterdam", 1, b"update", "")
-    assert aggregator.get_tasks("Amsterdam") == (0, "", b"", False), "there is nothing to do for it"
+    monkeypatch.setattr(module, "WAIT", 0.01)
+
+    async def play():
+        await aggregator.ask("train")
+        first, again = [await aggregator.get_tasks("Amsterdam") for _ in range(2)]
+        assert first == again == (1, "train", b"task of Amsterdam", False)
+        aggregator.send_task_results("Amsterdam", 1, b"update", "")
+        assert await aggregator.get_tasks("Amsterdam") == (0, "", b"", False), "there is nothing to do for it"
+
+    asyncio.run(play())
     assert [row["step"] for row in aggregator.traffic] == ["train", "train"], "both have travelled"
     assert vars(aggregator.clones_dict["Amsterdam"]).keys() == {"pack_task", "report"}
 
 
 def test_only_the_first_answer_to_the_task_itself_counts(aggregator):
-    aggregator.ask("train")
-    aggregator.send_task_results("Amsterdam", 1, b"before it was asked", "")
-    for name in NAMES:
-        aggregator.get_tasks(name)
-    aggregator.send_task_results("Amsterdam", 2, b"to Bangalore's task", "")
-    aggregator.send_task_results("Amsterdam", 1, b"first", "")
-    aggregator.send_task_results("Amsterdam", 1, b"second", "")
-    aggregator.send_task_results("Espoo", 1, b"a stranger", "")
-    assert aggregator.clones_dict["Amsterdam"].report == b"first"
-    assert list(aggregator.open) == ["Bangalore"] and not hasattr(aggregator.clones_dict["Bangalore"], "report")
-    aggregator.open.clear()
-    aggregator.ask("evaluate")
-    aggregator.get_tasks("Amsterdam")
-    aggregator.send_task_results("Amsterdam", 1, b"late", "")
-    assert "Amsterdam" in aggregator.open
+    async def play():
+        await aggregator.ask("train")
+        aggregator.send_task_results("Amsterdam", 1, b"before it was asked", "")
+        for name in NAMES:
+            await aggregator.get_tasks(name)
+        aggregator.send_task_results("Amsterdam", 2, b"to Bangalore's task", "")
+        aggregator.send_task_results("Amsterdam", 1, b"first", "")
+        aggregator.send_task_results("Amsterdam", 1, b"second", "")
+        aggregator.send_task_results("Espoo", 1, b"a stranger", "")
+        assert aggregator.clones_dict["Amsterdam"].report == b"first"
+        assert list(aggregator.open) == ["Bangalore"] and not hasattr(aggregator.clones_dict["Bangalore"], "report")
+        aggregator.open.clear()
+        await aggregator.ask("evaluate")
+        await aggregator.get_tasks("Amsterdam")
+        aggregator.send_task_results("Amsterdam", 1, b"late", "")
+        assert "Amsterdam" in aggregator.open
+
+    asyncio.run(play())
 
 
 def test_a_reason_instead_of_a_report_is_kept_short(aggregator, module):
-    aggregator.ask("train")
-    aggregator.get_tasks("Amsterdam")
+    async def play():
+        await aggregator.ask("train")
+        await aggregator.get_tasks("Amsterdam")
+
+    asyncio.run(play())
     aggregator.send_task_results("Amsterdam", 1, b"whatever", "no disk " * 10**6)
     assert aggregator.clones_dict["Amsterdam"].report == ("no disk " * 100)[: module.LONGEST_REASON]
 
 
 def test_nobody_may_send_anything_unasked(aggregator):
     assert aggregator.largest_answer("Amsterdam") == 0
-    aggregator.ask("train")
+    asyncio.run(aggregator.ask("train"))
     assert aggregator.largest_answer("Amsterdam") == 100
     assert aggregator.largest_answer("Espoo") == 0
 
 
 def asked(aggregator, meanwhile=None):
     """Asks everybody and waits for the answers, while something goes on."""
-    aggregator.answered = asyncio.Event()
+    aggregator.changed, aggregator.answered = asyncio.Condition(), asyncio.Event()  # of this loop
 
     async def both():
-        aggregator.loop = asyncio.get_running_loop()
-        aggregator.ask("train")
+        await aggregator.ask("train")
         await asyncio.gather(aggregator.answers("train"), *([meanwhile()] if meanwhile else []))
 
     asyncio.run(both())
@@ -102,7 +109,7 @@ def answers_of(aggregator, *names, after=0.0):
     async def answer():
         await asyncio.sleep(after)
         for name in names:
-            number = aggregator.get_tasks(name)[0]
+            number = (await aggregator.get_tasks(name))[0]
             aggregator.send_task_results(name, number, b"update", "")
 
     return answer
@@ -163,13 +170,14 @@ def test_a_run_can_be_stopped(of_three):
         asked(of_three, stop)
 
 
-def test_who_waits_for_a_task_gets_it_when_it_is_there(aggregator, module):
-    got = []
-    thread = threading.Thread(target=lambda: got.append(aggregator.get_tasks("Amsterdam")))
-    thread.start()
-    aggregator.ask("train")
-    thread.join(timeout=module.WAIT - 1)
-    assert got and got[0][1] == "train"
+def test_who_waits_for_a_task_gets_it_when_it_is_there(aggregator):
+    async def play():
+        waiting = asyncio.ensure_future(aggregator.get_tasks("Amsterdam"))
+        await asyncio.sleep(0.1)
+        await aggregator.ask("train")
+        return await asyncio.wait_for(waiting, timeout=1)
+
+    assert asyncio.run(play())[1] == "train"
 
 
 def test_the_contract_is_what_flow_director_and_envoys_keep(module, experiment):

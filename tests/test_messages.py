@@ -110,6 +110,7 @@ def test_a_report_in_which_bytes_were_changed_is_a_report_or_a_failure(experimen
         b'{"loss": 1}' + b" " * 2**21 + b"{}",
         b"",
         pickle.dumps({"failure": "no disk"}),
+        json.dumps({"failure": "disk\nround 1 done: main 99.9%\r\x1b[2J"}).encode(),
     ],
 )
 def test_heads_that_are_none_are_failures_with_a_short_reason(experiment, head):

@@ -1,0 +1,147 @@
+"""A federation whose processes can be killed one by one, and notebooks beside it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import yaml
+from federation import Federation
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["local_epochs=1", "hidden=8", "width=2", "stamped_images=2", "participant_timeout=6"]
+FEW = [(["data", "train_samples"], 60), (["data", "test_samples"], 40)]
+
+
+def together(*settings) -> list[str]:
+    """`name=value` of each name, the last one counts."""
+    return list({setting.partition("=")[0]: setting for some in settings for setting in some}.values())
+
+
+NOTEBOOK = """
+import logging, sys
+from pathlib import Path
+
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+from experimenter.connect import connect
+
+results, wish, *name = sys.argv[1:]
+federation = connect(name[0] if wish == "resume" else "", Path(results))
+if wish == "attach":
+    federation.attach(name[0])
+else:
+    federation.submit_experiment(*federation.prepare_workspace_archive())
+    print("submitted", federation.run, federation.name, flush=True)
+    federation.get_flow_state()
+print("done", flush=True)
+"""
+
+
+class Notebook:
+    """A notebook that runs an experiment, as a process: its exported cells and what connects them to a federation."""
+
+    def __init__(self, cluster, folder: Path, settings=(), wish="run", name="", within=()):
+        from experimenter import run
+
+        self.folder, self.log = folder, folder / "notebook.log"
+        folder.mkdir(parents=True, exist_ok=True)
+        notebook = run.with_settings(nbformat.read(run.NOTEBOOK, as_version=4), "demo", together(SMALL, settings))
+        nbformat.write(notebook, folder / "source.ipynb")
+        places = {
+            "CROWDGUARD_NOTEBOOK": folder / "source.ipynb",
+            "CROWDGUARD_WORKSPACE": folder / "generated_workspace",
+        }
+        environment = cluster.environment | {key: str(value) for key, value in places.items()}
+        self.process = subprocess.Popen(
+            [*within, sys.executable, "-u", "-c", NOTEBOOK, folder, wish, *([name] if name else [])],
+            cwd=ROOT, stdout=self.log.open("w"), stderr=subprocess.STDOUT, env=environment,
+        )  # fmt: skip
+
+    def rows(self) -> list[dict]:
+        path = self.folder / "history.json"
+        return json.loads(path.read_text())["federation"] if path.exists() else []
+
+    def model(self) -> bytes:
+        return (self.folder / "global_model.safetensors").read_bytes()
+
+    def until(self, condition, seconds: float = 90):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None or condition(), self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.05)
+        return self
+
+    def reached(self, rounds: int):
+        return self.until(lambda: len(self.rows()) >= rounds)
+
+    def submitted(self) -> tuple[str, str]:
+        """Names of the run and of the experiment."""
+        self.until(lambda: "submitted" in self.log.read_text())
+        line = next(line for line in self.log.read_text().splitlines() if line.startswith("submitted"))
+        return tuple(line.split()[1:])
+
+    def ended(self, seconds: float = 150) -> str:
+        """Its log, when it has ended."""
+        self.process.wait(timeout=seconds)
+        return self.log.read_text()
+
+    def well(self, rounds: int, seconds: float = 150):
+        log = self.ended(seconds)
+        assert self.process.returncode == 0 and len(self.rows()) == rounds, log[-3000:]
+        return self
+
+
+class Cluster(Federation):
+    """Director and envoys, of which each can be ended and started again."""
+
+    def __init__(self, folder: Path, participants=4, host="localhost"):
+        super().__init__(participants, 0, FEW, host)
+        self.commands, self.place, self.count = {}, folder, 0
+        self.environment["CROWDGUARD_RUNS"] = str(folder / "runs")
+        self.environment["PYTHONPATH"] = str(ROOT)
+
+    def start_director(self, certificates):
+        super().start_director(certificates)
+        file = self.folder / "director.yaml"
+        file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"envoy_health_check_period": 1}))
+        self.kill("director")
+        self.restart("director")
+
+    def spawn(self, name, command, within=()):
+        self.commands[name] = command
+        super().spawn(name, command, within)
+
+    def kill(self, name: str, how=signal.SIGKILL) -> None:
+        os.kill(self.processes[name].pid, how)
+        if how == signal.SIGKILL:
+            self.processes[name].wait(timeout=10)
+
+    def restart(self, name: str) -> None:
+        """Starts it again; its log goes on in another file."""
+        self.count += 1
+        self.log(name).rename(self.log(name).with_suffix(f".{self.count}.log"))
+        self.spawn(name, self.commands[name])
+        if name == "director":
+            self.wait_for(name, self.director_listens)
+
+    def back(self, *names: str) -> None:
+        """Starts envoys again and waits until they are connected."""
+        for name in names:
+            self.restart(name)
+        for name in names:
+            self.wait_for(name, lambda name=name: "is connected" in self.log(name).read_text())
+
+    def all_are_there(self) -> None:
+        """Waits until all envoys have joined the director that has been restarted."""
+        names = list(self.settings)
+        words = "Envoy {} is connected"
+        self.wait_for("director", lambda: all(words.format(n) in self.log("director").read_text() for n in names))
+
+    def notebook(self, settings=(), wish="run", name="", within=()) -> Notebook:
+        self.count += 1
+        return Notebook(self, self.place / f"notebook{self.count}", settings, wish, name, within)

@@ -1,0 +1,231 @@
+"""What goes wrong on ordinary days: processes end, disks are full, links are cut. The round goes on, nothing is lost.
+
+    pytest tests/live/test_faults.py
+
+starts a federation of its own. `FAULTS_LOG` names a file to which each test writes what was seen and how long it took.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+
+NAMES = ["Amsterdam", "Bangalore", "Chandler", "Detroit"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with Cluster(tmp_path_factory.mktemp("cluster")) as started:
+        yield started
+
+
+def note(fault: str, seen: str, seconds: float) -> None:
+    if place := os.environ.get("FAULTS_LOG"):
+        with Path(place).open("a") as file:
+            file.write(json.dumps({"fault": fault, "seen": seen, "seconds": round(seconds, 1)}) + "\n")
+
+
+def failures(rows: list[dict]) -> dict:
+    return {row["round"]: row["failed"] for row in rows if row["failed"]}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster):
+    """Model and history of five rounds without any fault, by the default rule and by FedAvg."""
+    runs = {rule: cluster.notebook(["rounds=5", f"aggregation={rule!r}"]).well(5) for rule in ("CrowdGuard", "FedAvg")}
+    return {rule: (run.model(), run.rows()) for rule, run in runs.items()}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_an_envoy_that_is_killed_and_started_again_is_missed_and_comes_back(cluster, seed):
+    rng = random.Random(seed)
+    victim, after = rng.choice(NAMES), rng.uniform(0, 4)
+    running = cluster.notebook(["rounds=10", "local_epochs=30"]).reached(2)
+    time.sleep(after)
+    cluster.kill(victim)
+    started = time.monotonic()
+    time.sleep(3)
+    cluster.restart(victim)
+    rows = running.well(10).rows()
+    seen = failures(rows)
+    assert all(set(failed) == {victim} for failed in seen.values()), seen
+    assert rows[-1]["failed"] == {} and victim in rows[-1]["votes"], "it is back"
+    assert all(set(row["votes"]) >= set(NAMES) - {victim} for row in rows), [(r["round"], [*r["votes"]]) for r in rows]
+    assert seen, "it was missed"
+    note(
+        f"kill -9 of an envoy {after:.1f} s after round 2, restarted after 3 s",
+        str(seen),
+        time.monotonic() - started,
+    )
+
+
+def test_an_envoy_that_stays_away_is_named_and_the_round_goes_on(cluster):
+    running = cluster.notebook(["rounds=6"]).reached(2)
+    started, before = time.monotonic(), len(running.rows())
+    cluster.kill("Bangalore")
+    running.reached(before + 2)
+    waited = time.monotonic() - started
+    rows = running.well(6).rows()
+    cluster.back("Bangalore")
+    reasons = {failed["Bangalore"] for failed in failures(rows).values()}
+    assert any("no heartbeat for" in reason for reason in reasons), reasons
+    assert rows[-1]["failed"].keys() == {"Bangalore"}
+    assert waited < 6 + 15, "participant_timeout is 6 s here"
+    note("kill -9 of an envoy, for good (participant_timeout=6)", min(reasons), waited)
+
+
+def test_an_envoy_that_hangs_is_named_and_comes_back_when_it_goes_on(cluster):
+    running = cluster.notebook(["rounds=30"]).reached(2)
+    started, before = time.monotonic(), len(running.rows())
+    cluster.kill("Chandler", signal.SIGSTOP)
+    running.reached(before + 2)
+    waited = time.monotonic() - started
+    cluster.kill("Chandler", signal.SIGCONT)
+    rows = running.well(30).rows()
+    reasons = {failed["Chandler"] for failed in failures(rows).values()}
+    assert any("no heartbeat for" in reason for reason in reasons)
+    assert rows[-1]["failed"] == {} and "Chandler" in rows[-1]["votes"]
+    note("SIGSTOP of an envoy, SIGCONT two rounds later", min(reasons), waited)
+
+
+def test_with_too_few_participants_the_run_ends_names_them_and_can_go_on(cluster):
+    running = cluster.notebook(["rounds=5"]).reached(2)
+    run, started = running.submitted()[0], time.monotonic()
+    for name in ("Amsterdam", "Bangalore"):
+        cluster.kill(name)
+    log = running.ended()
+    waited = time.monotonic() - started
+    assert running.process.returncode == 1
+    assert "2 of 4 participants are left, 3 must be; missing: Amsterdam (no heartbeat for" in log
+    assert f"RESUME={run} goes on" in log and len(running.rows()) >= 2
+    cluster.back("Amsterdam", "Bangalore")
+    cluster.notebook(["rounds=5"], "resume", run).well(5)
+    note("two of four envoys killed", log.strip().splitlines()[-1][:200], waited)
+
+
+@pytest.mark.parametrize("aggregation", ["CrowdGuard", "FedAvg"])
+def test_a_director_that_is_killed_and_started_again_goes_on_and_ends_with_the_same_model(
+    cluster, undisturbed, aggregation
+):
+    settings = ["rounds=5", f"aggregation={aggregation!r}"]
+    running = cluster.notebook(settings).reached(2)
+    run, started = running.submitted()[0], time.monotonic()
+    cluster.kill("director")
+    cluster.restart("director")
+    log = running.ended()
+    cluster.all_are_there()
+    assert running.process.returncode == 1 and "was the director restarted? RESUME=" in log, log[-2000:]
+    resumed = cluster.notebook(settings, "resume", run).well(5)
+    model, rows = undisturbed[aggregation]
+    assert resumed.model() == model, "bit by bit"
+    assert [row["main_accuracy"] for row in resumed.rows()] == [row["main_accuracy"] for row in rows]
+    assert [row["votes"] for row in resumed.rows()] == [row["votes"] for row in rows]
+    note(f"kill -9 of the director, restart, resume ({aggregation})", "same model", time.monotonic() - started)
+
+
+def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(cluster, undisturbed):
+    running = cluster.notebook(["rounds=5"]).reached(3)
+    run = running.submitted()[0]
+    cluster.kill("director")
+    kept = sorted((cluster.place / "runs" / "director" / run).glob("round-*"))
+    with (kept[-1] / "model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    cluster.restart("director")
+    running.ended()
+    cluster.all_are_there()
+    resumed = cluster.notebook(["rounds=5"], "resume", run).well(5)
+    assert resumed.model() == undisturbed["CrowdGuard"][0]
+    assert "the round before is used" in cluster.log("director").read_text()
+
+
+def test_other_settings_are_refused_when_a_run_goes_on(cluster):
+    running = cluster.notebook(["rounds=2"]).well(2)
+    refused = cluster.notebook(["rounds=3", "learning_rate=0.1"], "resume", running.submitted()[0])
+    assert "has learning_rate 0.0005, not 0.1: choose the same settings" in refused.ended()
+    nothing = cluster.notebook(["rounds=3"], "resume", "run-of-nobody")
+    assert "nothing is kept of a run run-of-nobody" in nothing.ended()
+
+
+def test_ctrl_c_stops_the_run_and_neither_the_next_nor_itself_is_lost(cluster, undisturbed):
+    running = cluster.notebook(["rounds=5"]).reached(2)
+    run, started = running.submitted()[0], time.monotonic()
+    running.process.send_signal(signal.SIGINT)
+    running.ended(30)
+    waited = time.monotonic() - started
+    cluster.notebook(["rounds=1"]).well(1)
+    assert cluster.notebook(["rounds=5"], "resume", run).well(5).model() == undisturbed["CrowdGuard"][0]
+    note("Ctrl-C in the notebook", "stopped; the next run is well; it goes on with the same model", waited)
+
+
+def test_a_notebook_that_is_killed_can_be_attached_again_and_the_next_waits_its_turn(cluster):
+    running = cluster.notebook(["rounds=12", "local_epochs=30"]).reached(1)
+    _, name = running.submitted()
+    running.process.kill()
+    second = cluster.notebook(["rounds=1"])
+    attached = cluster.notebook(wish="attach", name=name)
+    assert [row["round"] for row in attached.well(12).rows()] == list(range(1, 13)) and attached.model()
+    assert "1 experiment(s) before this one; it waits for its turn" in second.well(1).log.read_text()
+
+
+def test_a_director_that_is_restarted_while_all_are_idle_has_its_envoys_back(cluster):
+    cluster.kill("director")
+    started = time.monotonic()
+    cluster.restart("director")
+    cluster.all_are_there()
+    waited = time.monotonic() - started
+    assert waited < 30
+    assert cluster.notebook(["rounds=1"]).well(1).rows()[0]["participants"] == NAMES
+    note("director restarted while all are idle", "all envoys are back", waited)
+
+
+def test_of_two_machines_with_one_name_the_newer_stays(cluster):
+    older = cluster.processes["Detroit"]
+    cluster.back("Detroit")
+    assert older.wait(timeout=20) == 1
+    rows = cluster.notebook(["rounds=1"]).well(1).rows()
+    assert rows[0]["failed"] == {} and "Detroit" in rows[0]["votes"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of one megabyte."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_an_envoy_whose_disk_is_full_ends_and_is_back_when_there_is_space(cluster, small_disk):
+    cluster.kill("Amsterdam")
+    (cluster.folder / "Amsterdam").rename(cluster.folder / "aside")
+    (cluster.folder / "Amsterdam").symlink_to(small_disk)
+    cluster.back("Amsterdam")
+    (small_disk / "filler").write_bytes(bytes(1 << 20))
+    process, started = cluster.processes["Amsterdam"], time.monotonic()
+    rows = cluster.notebook(["rounds=2"]).well(2).rows()
+    waited = time.monotonic() - started
+    assert process.wait(timeout=20) == 1 and "No space left" in cluster.log("Amsterdam").read_text()
+    assert rows[-1]["failed"].keys() == {"Amsterdam"}
+    (small_disk / "filler").unlink()
+    cluster.back("Amsterdam")
+    assert cluster.notebook(["rounds=1"]).well(1).rows()[0]["failed"] == {}
+    note("an envoy's disk full", "it ends with code 1; the round goes on", waited)
+
+
+def test_a_director_whose_disk_is_full_goes_on_without_keeping(cluster, small_disk):
+    running = cluster.notebook(["rounds=8"]).reached(1)
+    folder = cluster.place / "runs" / "director" / running.submitted()[0]
+    subprocess.run(["mount", "--bind", small_disk, folder], check=True)
+    try:
+        (small_disk / "filler").write_bytes(bytes((1 << 20) - 8192))
+        running.well(8)
+        assert "cannot be kept at the director: [Errno 28] No space left" in running.log.read_text()
+    finally:
+        subprocess.run(["umount", folder], check=True)
