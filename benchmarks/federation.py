@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 RESULTS = ROOT / "benchmarks" / "federation.csv"
 ENVOYS = {"data.source": "image_folder", "data.train_samples": 256, "data.test_samples": 128, "attack.first_round": 1}
-CONFIG = {"rounds": 2, "rule": "crowd", "validation_samples": "adaptive"}
+CONFIG = {"rounds": 2, "rule": "crowd", "validation_samples": 128}
 DTYPES = ("bfloat16", "float32")
 
 

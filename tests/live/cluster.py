@@ -13,7 +13,7 @@ import yaml
 from federation import Federation
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["local_epochs=1", "hidden=8", "width=2", "stamped_images=2", "participant_timeout=6"]
+SMALL = ["local_epochs=1", "hidden=8", "width=2", "participant_timeout=6"]
 FEW = [(["data", "train_samples"], 60), (["data", "test_samples"], 40)]
 
 
