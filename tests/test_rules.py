@@ -245,9 +245,10 @@ def test_tensors_that_do_not_fit_never_reach_the_voters(experiment, origin, hone
         "type": updates | {first: updates[first].long()},
         "nan": updates | {first: updates[first] * float("nan")},
     }
-    reports = {name: {"update": experiment.pack_model(update)} for name, update in (wrong | {"good": updates}).items()}
-    reports |= {"none": {}, "text": {"update": "text"}, "bytes": {"update": b"\x80\x04bytes"}}
-    sound, failed = experiment.sound_updates(reports, reference)
-    assert list(sound) == ["good"]
+    packed = {name: experiment.pack_model(update) for name, update in (wrong | {"good": updates}).items()}
+    packed |= {"none": b"", "bytes": b"\x80\x04bytes"}
+    reports = {name: experiment.Report(update=update) for name, update in packed.items()}
+    usable, failed = experiment.usable_updates(reports, reference)
+    assert list(usable) == ["good"]
     assert failed.keys() == set(reports) - {"good"}
     assert first in failed["shape"] and "extra.weight" in failed["more"] and "not finite" in failed["nan"]
