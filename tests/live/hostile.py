@@ -161,23 +161,21 @@ def main():
     import collaborator
     import start
 
-    honest_step = collaborator.Collaborator.run
-
     def run(self):
         while not (task := self.client.get_task()).quit:
             if not task.function_name or (task.round_number, task.function_name) == getattr(self, "ignored", None):
                 continue
-            report, failure = self.take_step(task.function_name, task.execution_environment)
-            round = sys.modules["src.experiment"].unpack_task(task.execution_environment).round
+            flow = self.read(task)
+            round = flow.task.round
+            getattr(flow, task.function_name)()
             step, _, send = PAYLOADS[round - 1] if round <= len(PAYLOADS) else (None, None, None)
             if step != task.function_name:
-                self.client.answer(task.round_number, report, failure)
+                self.client.answer(task.round_number, flow.report)
                 continue
             print(f"round {round}: payload in {step}", flush=True)
             self.ignored = task.round_number, task.function_name  # what has been answered, or not, is over
-            send(self.client, task.round_number, report)
+            send(self.client, task.round_number, flow.report)
 
-    assert honest_step is not run
     collaborator.Collaborator.run = run
     start.main()
 

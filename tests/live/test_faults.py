@@ -46,13 +46,13 @@ def undisturbed(cluster):
 def test_an_envoy_that_is_killed_and_started_again_is_missed_and_comes_back(cluster, seed):
     rng = random.Random(seed)
     victim, after = rng.choice(NAMES), rng.uniform(0, 4)
-    running = cluster.notebook(["rounds=10", "local_epochs=30"]).reached(2)
+    running = cluster.notebook(["rounds=20", "local_epochs=30"]).reached(2)
     time.sleep(after)
     cluster.kill(victim)
     started = time.monotonic()
     time.sleep(3)
     cluster.restart(victim)
-    rows = running.well(10).rows()
+    rows = running.well(20).rows()
     seen = failures(rows)
     assert all(set(failed) == {victim} for failed in seen.values()), seen
     assert rows[-1]["failed"] == {} and victim in rows[-1]["votes"], "it is back"
