@@ -49,6 +49,7 @@ LOGGER = "FederatedCrowdGuard"
 LONGEST_REASON = 300  # characters of what a participant says went wrong
 WAIT = 5  # seconds a participant's question for a task may wait for one; it asks again
 NEWS = 10  # seconds without a word
+REPEATS = 5  # as often a task that is asked for again is counted
 SLOWEST = 10  # times as long as half of the others one may work
 
 log = logging.getLogger(LOGGER)
@@ -88,6 +89,7 @@ class Aggregator(aggregator.Aggregator):
         self.open, self.count, self.traffic = {}, 0, []  # `open`: participant → the assignment it has not answered yet
         self.changed, self.answered = asyncio.Condition(), asyncio.Event()
         self.silence, self.tell, self.keep, self.stopped, self.state = silence, tell, keep, None, None
+        self.steps, self.warned = set(), set()
 
     async def run_flow(self) -> None:
         """Runs the flow to its end, or to its first error, and leaves in `state` what came of it."""
@@ -97,7 +99,7 @@ class Aggregator(aggregator.Aggregator):
         error = None
         try:
             await self.run_steps()
-        except Exception as failure:
+        except (Exception, SystemExit) as failure:  # its code may call exit
             log.exception("the flow failed")
             place = traceback.extract_tb(failure.__traceback__)[-1]
             error = f"{type(failure).__name__}: {failure} ({place.name}, line {place.lineno})"
@@ -157,6 +159,7 @@ class Aggregator(aggregator.Aggregator):
 
     async def ask(self, step: str) -> None:
         """Gives the step to the participants that the flow has selected."""
+        self.steps.add(step)
         for name in self.selected_collaborators:
             self.count += 1
             self.open[name] = Assignment(self.count, step, self.clones_dict[name])
@@ -238,24 +241,32 @@ class Aggregator(aggregator.Aggregator):
             return 0, "", b"", self.time_to_quit
         message = assignment.clone.pack_task()
         row = {"round": self.known.round, "step": assignment.step, "participant": name, "down": len(message)}
-        assignment.traffic.append(row | {"given": time.time()})
-        self.traffic.append(assignment.traffic[-1])
+        if len(assignment.traffic) < REPEATS:  # a row for everything that somebody asks would fill the memory
+            assignment.traffic.append(row | {"given": time.time()})
+            self.traffic.append(assignment.traffic[-1])
         return assignment.number, assignment.step, message, False
 
     def send_task_results(self, name: str, number: int, message: bytes, failure: str) -> None:
         """Takes one answer to the task of this number, and leaves out any other."""
         assignment = self.open.get(name)
         if assignment is None or assignment.number != number or not assignment.traffic:
-            log.warning("%s has answered what it was not asked", name)
+            self.warn_once(name, "has answered what it was not asked")
             return
         report = failure[:LONGEST_REASON] if failure else message
+        if not failure and len(message) > (most := self.known.largest_report(assignment.step)):
+            report = f"{assignment.step}: more than {most} bytes"
         if self.take(name, assignment, report):
             assignment.traffic[-1].update(up=len(message), taken=time.time())
 
     def largest_answer(self, name: str) -> int:
-        """Bytes that the participant may send now."""
-        assignment = self.open.get(name)
-        return self.known.largest_report(assignment.step) if assignment else 0
+        """Bytes that the participant may send: as many as any step's answer has, since this one's may come late."""
+        return max((self.known.largest_report(step) for step in self.steps), default=0)
+
+    def warn_once(self, name: str, words: str) -> None:
+        """Logs it for the first time alone: who is to be warned of may go on for ever."""
+        if (name, words) not in self.warned:
+            self.warned.add((name, words))
+            log.warning("%s %s", name, words)
 
 
 class ToNotebook(logging.Handler):
@@ -330,8 +341,10 @@ class Server(AggregatorGRPCServer):
         """Who calls; ends the call if it is nobody of this experiment, or calls too often at once."""
         name = common_name(context)
         if name not in self.aggregator.authorized_cols:
-            place = unquote(context.peer())
-            log.warning("%s at %s calls the aggregator and is not in this experiment", name or "somebody", place)
+            words = (
+                f"at {unquote(context.peer()).rpartition(':')[0]} calls the aggregator and is not in this experiment"
+            )
+            self.aggregator.warn_once(name or "somebody", words)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"{name} is not in this experiment")
         if self.instances.get(name, instance_of(context)) != instance_of(context):
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"another machine has joined as {name} since")

@@ -123,7 +123,10 @@ def make_certificates(
     folder.mkdir(parents=True, exist_ok=True)
     director = director or director_of(folder)
     ca_name, ca_key = certificate_authority(folder)
-    usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+    client, both = (
+        [ExtendedKeyUsageOID.CLIENT_AUTH],
+        [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH],
+    )
     hosts = dict.fromkeys([director, "localhost", "127.0.0.1"])
     server = x509.SubjectAlternativeName([alternative_name(host) for host in hosts])
     for file, name in [("director", director), ("experimenter", "experimenter"), *((p, p) for p in participants)]:
@@ -131,6 +134,7 @@ def make_certificates(
             continue
         key = ec.generate_private_key(ec.SECP256R1())
         identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
+        usages = x509.ExtendedKeyUsage(both if file == "director" else client)  # no participant passes for a server
         extensions = [(x509.BasicConstraints(ca=False, path_length=None), True), (usages, False), (identifier, False)]
         extensions += [(server, False)] if file == "director" else []
         certificate = issue(name, key, ca_name, ca_key, days, extensions)

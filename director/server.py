@@ -159,7 +159,8 @@ class Door(DirectorGRPCServer):
 
 def misfit(said: dict) -> str:
     """Why software that says this of itself does not fit."""
-    differing = [f"{key} {said.get(key, 'unknown')}, not {ours}" for key, ours in OURS.items() if said.get(key) != ours]
+    theirs = {key: said.get(key, "unknown")[:20] for key in OURS}
+    differing = [f"{key} {theirs[key]}, not {ours}" for key, ours in OURS.items() if said.get(key) != ours]
     return f"it has {' and '.join(differing)}, which the director has: update the older of the two and restart it"
 
 

@@ -141,7 +141,7 @@ def greet(address: str, identity: Identity) -> None:
     Raises: `ConnectionError` with one line if the two do not go together.
     """
     with open_channel(address, identity) as channel:
-        call = channel.unary_unary(GREETING).future(b"")  # in nobody's name
+        call = channel.unary_unary(GREETING).future(b"", timeout=20)  # in nobody's name
         said, code, words = dict(call.initial_metadata() or ()), call.code(), call.details()
     if code is not grpc.StatusCode.PERMISSION_DENIED:
         raise ConnectionError(f"the director at {address} refuses: {words}")

@@ -30,7 +30,7 @@ def aggregator(module):
     """One in the middle of a flow, without OpenFL's part of it."""
     made = object.__new__(module.Aggregator)
     made.flow, made.kwargs, made.time_to_quit, made.quit_job_sent_to = Flow(), {"include": ["task"]}, False, []
-    made.open, made.count, made.traffic = {}, 0, []
+    made.open, made.count, made.traffic, made.steps, made.warned = {}, 0, [], set(), set()
     made.changed, made.answered = asyncio.Condition(), asyncio.Event()
     made.selected_collaborators = made.authorized_cols = NAMES
     made.silent = dict.fromkeys(NAMES, 0)
@@ -85,11 +85,35 @@ def test_a_reason_instead_of_a_report_is_kept_short(aggregator, module):
     assert aggregator.clones_dict["Amsterdam"].report == ("no disk " * 100)[: module.LONGEST_REASON]
 
 
-def test_nobody_may_send_anything_unasked(aggregator):
+def test_nobody_may_send_anything_before_it_was_asked_and_never_more_than_a_step_s_answer(aggregator):
     assert aggregator.largest_answer("Amsterdam") == 0
-    asyncio.run(aggregator.ask("train"))
-    assert aggregator.largest_answer("Amsterdam") == 100
-    assert aggregator.largest_answer("Espoo") == 0
+    aggregator.flow.largest_report = {"train": 100, "evaluate": 10}.get
+
+    async def play():
+        await aggregator.ask("train")
+        aggregator.open.clear()
+        await aggregator.ask("evaluate")
+        await aggregator.get_tasks("Amsterdam")
+
+    asyncio.run(play())
+    assert aggregator.largest_answer("Amsterdam") == 100, "a late answer to train is read, and costs nobody its task"
+    aggregator.send_task_results("Amsterdam", 1, bytes(50), "")
+    assert "Amsterdam" in aggregator.open
+    aggregator.send_task_results("Amsterdam", 3, bytes(50), "")
+    assert aggregator.clones_dict["Amsterdam"].report == "evaluate: more than 10 bytes"
+
+
+def test_who_repeats_itself_fills_no_memory(aggregator, module, caplog):
+    async def play():
+        await aggregator.ask("train")
+        for _ in range(100):
+            await aggregator.get_tasks("Amsterdam")
+
+    asyncio.run(play())
+    for _ in range(100):
+        aggregator.send_task_results("Amsterdam", 99, b"", "")
+    assert len(aggregator.traffic) == module.REPEATS
+    assert len([record for record in caplog.records if "was not asked" in record.getMessage()]) == 1
 
 
 def asked(aggregator, meanwhile=None):

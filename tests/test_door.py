@@ -129,6 +129,21 @@ def test_the_certificate_of_another_is_named_before_anybody_is_called(place, tmp
         channel.Identity.of("Amsterdam", tmp_path / "c")
 
 
+def test_no_participant_passes_for_the_director(tmp_path):
+    """Not even one that is called as its host."""
+    certificates.make_certificates(tmp_path / "certificates", "localhost", ["Amsterdam", "localhost"])
+    for part in ("crt", "key"):
+        shutil.copy(tmp_path / "certificates" / f"localhost.{part}", tmp_path / "certificates" / f"director.{part}")
+    running = Running(tmp_path)
+    try:
+        with pytest.raises(ConnectionError, match="has no certificate that"):
+            channel.handshake(running.address, channel.Identity.of("Amsterdam", tmp_path / "certificates"))
+        with pytest.raises(ConnectionError, match="refuses"):
+            channel.greet(running.address, channel.Identity.of("Amsterdam", tmp_path / "certificates"))
+    finally:
+        running.end()
+
+
 def test_a_pki_of_one_s_own_will_do(place, tmp_path):
     """A root, and an authority below it that has signed everybody."""
     own, files = tmp_path / "certificates", {}

@@ -44,6 +44,9 @@ class Steps:
     def largest_answer(self, name):
         return 1000
 
+    def warn_once(self, name, words):
+        pass
+
     def take(self, name, assignment, report):
         self.taken.append((name, report))
 
