@@ -17,6 +17,7 @@ import pytest
 from cluster import Cluster
 
 NAMES = ["Amsterdam", "Bangalore", "Chandler", "Detroit"]
+FIVE = ["rounds=5", "participant_timeout=40"]  # for runs that are compared bit by bit: nobody may be missed
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def failures(rows: list[dict]) -> dict:
 @pytest.fixture(scope="module")
 def undisturbed(cluster):
     """Model and history of five rounds without any fault, by the default rule and by FedAvg."""
-    runs = {rule: cluster.notebook(["rounds=5", f"aggregation={rule!r}"]).well(5) for rule in ("CrowdGuard", "FedAvg")}
+    runs = {rule: cluster.notebook([*FIVE, f"aggregation={rule!r}"]).well(5) for rule in ("CrowdGuard", "FedAvg")}
     return {rule: (run.model(), run.rows()) for rule, run in runs.items()}
 
 
@@ -113,7 +114,7 @@ def test_with_too_few_participants_the_run_ends_names_them_and_can_go_on(cluster
 def test_a_director_that_is_killed_and_started_again_goes_on_and_ends_with_the_same_model(
     cluster, undisturbed, aggregation
 ):
-    settings = ["rounds=5", f"aggregation={aggregation!r}"]
+    settings = [*FIVE, f"aggregation={aggregation!r}"]
     running = cluster.notebook(settings).reached(2)
     run, started = running.submitted()[0], time.monotonic()
     cluster.kill("director")
@@ -130,7 +131,7 @@ def test_a_director_that_is_killed_and_started_again_goes_on_and_ends_with_the_s
 
 
 def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(cluster, undisturbed):
-    running = cluster.notebook(["rounds=5"]).reached(3)
+    running = cluster.notebook(FIVE).reached(3)
     run = running.submitted()[0]
     cluster.kill("director")
     kept = sorted((cluster.place / "runs" / "director" / run).glob("round-*"))
@@ -139,7 +140,7 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(cluster, un
     cluster.restart("director")
     running.ended()
     cluster.all_are_there()
-    resumed = cluster.notebook(["rounds=5"], "resume", run).well(5)
+    resumed = cluster.notebook(FIVE, "resume", run).well(5)
     assert resumed.model() == undisturbed["CrowdGuard"][0]
     assert "the round before is used" in cluster.log("director").read_text()
 
@@ -153,13 +154,13 @@ def test_other_settings_are_refused_when_a_run_goes_on(cluster):
 
 
 def test_ctrl_c_stops_the_run_and_neither_the_next_nor_itself_is_lost(cluster, undisturbed):
-    running = cluster.notebook(["rounds=5"]).reached(2)
+    running = cluster.notebook(FIVE).reached(2)
     run, started = running.submitted()[0], time.monotonic()
     running.process.send_signal(signal.SIGINT)
     running.ended(30)
     waited = time.monotonic() - started
     cluster.notebook(["rounds=1"]).well(1)
-    assert cluster.notebook(["rounds=5"], "resume", run).well(5).model() == undisturbed["CrowdGuard"][0]
+    assert cluster.notebook(FIVE, "resume", run).well(5).model() == undisturbed["CrowdGuard"][0]
     note("Ctrl-C in the notebook", "stopped; the next run is well; it goes on with the same model", waited)
 
 
