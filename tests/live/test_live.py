@@ -15,7 +15,7 @@ def test_an_edited_notebook_runs_its_new_code_at_every_envoy(execute):
     losses = "[mine['loss'] for mine in flflow.history[0]['per_participant'].values()]"
     before = execute(show=losses)
     assert "123.25" not in before
-    assert execute(old='"loss": loss,', new='"loss": 123.25,', show=losses) == "[123.25, 123.25, 123.25, 123.25]"
+    assert execute(old="loss=loss,", new="loss=123.25,", show=losses) == "[123.25, 123.25, 123.25, 123.25]"
 
 
 def test_an_error_in_the_flow_reaches_the_notebook_and_the_next_experiment_runs(execute):
@@ -28,9 +28,9 @@ def test_experiments_that_cannot_go_well_say_why_and_the_next_one_runs(execute):
     """One that cannot be loaded at the director, and one in which every participant fails."""
     only_there = "import sys\n\nif 'start.py' in sys.argv[0]:\n    import a_package_that_nobody_has\n"
     with pytest.raises(papermill.PapermillExecutionError, match="the director could not run.*a_package_that_nobody"):
-        execute(old="import asyncio\n", new="import asyncio\n" + only_there)
+        execute(old="import copy\n", new="import copy\n" + only_there)
     with pytest.raises(papermill.PapermillExecutionError, match="everybody failed in every round.*ZeroDivisionError"):
-        execute(old='"update": memory["update"],', new='"update": 1 / 0,')
+        execute(old='update=memory["update"],', new="update=1 / 0,")
     assert execute(show="len(flflow.history)") == "1"
 
 
