@@ -66,7 +66,7 @@ class Door(DirectorGRPCServer):
             log.warning("%s at %s is refused: %s", caller or "somebody", place, words)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, words)
         self.director.refused.pop(caller, None)
-        if caller != name:
+        if caller != name or not caller:  # a certificate may lack a common name
             if name:  # and not just a greeting
                 log.warning("%s at %s has called in the name of %r", caller or "somebody", place, name[:50])
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"this is for the certificate of {name[:50]} alone")

@@ -95,8 +95,8 @@ def handshake(address: str, identity: Identity) -> None:
     context.set_alpn_protocols(["h2"])
     try:
         with (
-            socket.create_connection((host, int(port)), timeout=10) as plain,
-            context.wrap_socket(plain, server_hostname=host) as secure,
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10) as plain,
+            context.wrap_socket(plain, server_hostname=host.strip("[]")) as secure,
         ):
             if not secure.recv(1):  # the verdict comes after the handshake, in TLS 1.3
                 raise ConnectionError(f"{address} hangs up: it knows another CA than the one of {identity.certificate}")

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 from openfl.experimental.workflow.notebooktools import NotebookTools
@@ -25,7 +26,8 @@ class Workspace(NotebookTools):
     def _build_plan_config(self, *args):
         plan = super()._build_plan_config(*args)
         plan["network"]["settings"]["agg_port"] = AGGREGATOR_PORT
-        plan["contract"] = {"protocol": PROTOCOL, "run": self.run, "resume": self.resume}
+        # Its own number, since OpenFL knows an aggregator by its plan: who is late must not go on in the next one.
+        plan["contract"] = {"protocol": PROTOCOL, "run": self.run, "resume": self.resume, "number": uuid.uuid4().hex}
         return plan
 
 

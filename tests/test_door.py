@@ -229,6 +229,37 @@ def test_an_experiment_is_given_to_its_participants_alone(place, director):
     assert error.code() is CODE.NOT_FOUND and "etc" not in error.details()
 
 
+def test_an_experiment_that_is_there_is_not_given_to_others(place, director):
+    def stub(name):
+        return director_pb2_grpc.DirectorStub(channel.open_channel(director.address, ours(place, name)))
+
+    sent = director_pb2.ExperimentInfo(name="theirs", collaborator_names=["Amsterdam"])
+    sent.experiment_data.size, sent.experiment_data.exp_data = 7, b"archive"
+    assert stub("experimenter").SetNewExperiment(iter([sent]), timeout=10).status
+    for name in ("Amsterdam", "Mallory"):
+        request = director_pb2.GetExperimentDataRequest(experiment_name="theirs", collaborator_name=name)
+        got = outcome(lambda name=name, request=request: stub(name).GetExperimentData(request, timeout=10))
+        if name == "Amsterdam":
+            assert [part.exp_data for part in got] == [b"archive"]
+        else:
+            assert got.code() is CODE.NOT_FOUND
+
+
+def test_a_certificate_without_a_name_is_nobody_s(place, director, tmp_path):
+    key = certificates.ec.generate_private_key(certificates.ec.SECP256R1())
+    authority = certificates.common_name("FederatedCrowdGuard CA")
+    _, ca_key = certificates.certificate_authority(place / "certificates")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificates, "common_name", lambda name: certificates.x509.Name([]))
+        made = certificates.issue("", key, authority, ca_key, 30, [])
+    (tmp_path / "no.crt").write_bytes(made.public_bytes(certificates.serialization.Encoding.PEM))
+    certificates.write_private(tmp_path / "no.key", key)
+    nameless = channel.Identity(place / "certificates" / "ca.crt", tmp_path / "no.crt", tmp_path / "no.key")
+    stub = director_pb2_grpc.DirectorStub(channel.open_channel(director.address, nameless))
+    error = outcome(lambda: stub.EnvoyConnectionRequest(director_pb2.SendConnectionRequest(envoy_name=""), timeout=10))
+    assert error.code() is CODE.PERMISSION_DENIED
+
+
 # --- Software that does not fit -------------------------------------------------------------------------------------
 
 

@@ -204,6 +204,14 @@ def test_one_member_s_many_calls_do_not_keep_another_from_the_server(steps, stub
     assert steps.answers == [("Bangalore", 7, b"report", "")]
 
 
+def test_a_call_that_has_ended_makes_room_for_another(steps, stub):
+    amsterdam = stub("Amsterdam")
+    for _ in range(30):
+        amsterdam.SendTaskResults(answer("Amsterdam"), timeout=10)
+        refused(lambda: amsterdam.SendTaskResults(answer("Bangalore"), timeout=10), CODE.PERMISSION_DENIED)
+    assert len(steps.answers) == 30
+
+
 def test_calls_that_say_nothing_keep_nobody_from_the_server(steps, stub, folder):
     """Opened, and then neither continued nor ended, with and without a place in the experiment."""
     over = threading.Event()
