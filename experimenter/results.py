@@ -43,7 +43,7 @@ class Results:
     """
 
     def __init__(self, folder: Path, config=None, show: Callable[[list], None] | None = None):
-        self.folder, self.show, self.events, self.logged = folder, show, {}, {}
+        self.folder, self.show, self.logged = folder, show, {}
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         about = {
             "config": vars(config) if config else None,
@@ -66,15 +66,15 @@ class Results:
             self.show(self.reached["federation"])
 
     def log(self, name: str, history: list[dict]) -> None:
-        """Adds the rounds that are new to TensorBoard's event files."""
-        for row in history[self.logged.get(name, 0) :]:
-            if name not in self.events:
-                self.events[name] = SummaryWriter(str(self.folder / "tensorboard" / f"{self.reached['run']} {name}"))
-            for measure in MEASURES:
-                if row[measure] is not None:
-                    self.events[name].add_scalar(measure, row[measure], row["round"])
-            self.events[name].flush()
-        self.logged[name] = len(history)
+        """Writes an event file for TensorBoard with the rounds that are new."""
+        known, self.logged[name] = self.logged.get(name, 0), len(history)
+        if len(history) > known:
+            folder = self.folder / "tensorboard" / f"{self.reached['run']} {name}"
+            with SummaryWriter(str(folder), filename_suffix=f".round-{history[known]['round']:04}") as events:
+                for row in history[known:]:
+                    for measure in MEASURES:
+                        if row[measure] is not None:
+                            events.add_scalar(measure, row[measure], row["round"])
 
 
 def as_csv(histories: dict[str, list[dict]]) -> str:

@@ -1,0 +1,82 @@
+"""What a run leaves: files, and what the documentation says of them."""
+
+import json
+import re
+
+import nbformat
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from experimenter.report import arrange, write_report
+from experimenter.results import Results, table
+
+ROW = {
+    "round": 1, "aggregation": "CrowdGuard", "participants": ["A", "B"], "main_accuracy": 0.5,
+    "backdoor_accuracy": None, "per_participant": {}, "votes": {}, "accepted": ["A"], "excluded": ["B"],
+    "attackers": ["B"], "tpr": 1.0, "tnr": None, "failed": {"B": "disk"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path, experiment):
+    shown = []
+    kept = Results(tmp_path, experiment.demo, shown.append)
+    kept.shown = shown
+    return kept
+
+
+def test_every_round_is_kept_as_it_comes(results, tmp_path):
+    for count in (1, 2):
+        rows = [ROW | {"round": number} for number in range(1, count + 1)]
+        results.keep(run="run-1", federation=rows, traffic=[])
+        kept = json.loads((tmp_path / "history.json").read_text())
+        assert [row["round"] for row in kept["federation"]] == [*range(1, count + 1)]
+    assert len(results.shown) == 2, "shown once for each round"
+    assert kept["config"]["seed"] == 10 and kept["versions"]["openfl"] == "1.9"
+    results.keep(b"model", undefended=[ROW | {"aggregation": "FedAvg"}])
+    lines = pd.read_csv(tmp_path / "history.csv")
+    assert lines["history"].tolist() == ["federation", "federation", "plain FedAvg"]
+    assert lines["failed"].tolist() == ["B"] * 3 and lines["backdoor_accuracy"].isna().all()
+    assert (tmp_path / "global_model.safetensors").read_bytes() == b"model"
+    assert len([*(tmp_path / "tensorboard").rglob("events*")]) == 3
+    assert not [*tmp_path.glob("*.part")]
+
+
+def test_event_files_hold_each_round_once(results, tmp_path):
+    for count in (1, 2, 2):
+        results.keep(run="run-1", federation=[ROW | {"round": n + 1} for n in range(count)])
+    files = sorted((tmp_path / "tensorboard").rglob("events*"), key=lambda path: path.name[-4:])
+    assert [path.name[-4:] for path in files] == ["0001", "0002"]
+    assert [path.read_bytes().count(b"main_accuracy") for path in files] == [1, 1]
+
+
+def test_the_table_has_a_line_for_each_round():
+    shown = table([ROW, ROW | {"round": 2, "excluded": []}])
+    assert shown["excluded"].tolist() == ["B", "–"] and shown.index.tolist() == [1, 2]
+
+
+def test_the_documentation_names_every_key(results, experiment):
+    text = (ROOT / "docs" / "history.md").read_text()
+    top, row = text.split("## history.json")[1].split("A row:")
+    keys = lambda part: set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (.+?) \|", part))))  # noqa: E731
+    assert keys(top) == set(results.reached)
+    assert keys(row) == set(ROW)
+
+
+def notebook(*sources):
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(source) for source in sources])
+
+
+def test_the_report_has_its_contents_then_the_results():
+    arranged = arrange(notebook("# Title", "## One", "first", "## Results", "figure", "## Two"))
+    order = [cell.source.splitlines()[0] for cell in arranged.cells]
+    assert order == ["# Title", "- [Results](#Results)", "## Results", "figure", "## One", "first", "## Two"]
+
+
+def test_the_report_needs_no_network(tmp_path):
+    path = tmp_path / "n.ipynb"
+    nbformat.write(notebook("# Title", "## One", "with $x_s$ and\n\n$$D = \\frac{a}{b}$$", "costs $5"), path)
+    html = write_report(path).read_text()
+    assert "<math" in html and "<mfrac>" in html and "$x_s$" not in html and "costs $5" in html
+    assert not re.search(r"<(script|link)[^>]+(src|href)=.https?:", html)
