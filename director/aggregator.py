@@ -189,8 +189,8 @@ class Aggregator(aggregator.Aggregator):
             self.answered.clear()
             if self.stopped:
                 raise InterruptedError(f"{words}: {self.stopped}")
-            if time.monotonic() - spoken >= NEWS:
-                spoken, late = time.monotonic(), ", ".join(self.open) or "nobody"
+            if self.open and time.monotonic() - spoken >= NEWS:
+                spoken, late = time.monotonic(), ", ".join(self.open)
                 log.info("%s: waiting for %s (%.0f s)", words, late, spoken - started)
         self.check_presence(words)
 

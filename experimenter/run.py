@@ -94,7 +94,8 @@ def execute(notebook, output: Path | None) -> None:
         try:
             running = output and output.with_suffix(".failed.ipynb")  # an earlier result stays until there is a new one
             shown = {"stdout_file": Console(sys.stdout), "stderr_file": Console(sys.stderr)}
-            papermill.execute_notebook(copy, running, cwd=NOTEBOOK.parent, progress_bar=False, **shown)
+            quiet = {"progress_bar": False, "extra_arguments": ["--log-level=ERROR"]}  # of the kernel
+            papermill.execute_notebook(copy, running, cwd=NOTEBOOK.parent, **shown, **quiet)
         except papermill.PapermillExecutionError as error:
             raise SystemExit(
                 f"cell {error.cell_index}: {error.ename}: {error.evalue}\nsee {running or NOTEBOOK}"
@@ -129,6 +130,7 @@ def main():
     parser.add_argument("--check", action="store_true", help="only look whether the settings are right")
     args = parser.parse_args()
     os.environ["CROWDGUARD_RESUME"] = args.resume
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:metaflow.metaflow_config")  # its dependencies' age
     for place in ("CROWDGUARD_CERTIFICATES", "CROWDGUARD_ENVOYS", "CROWDGUARD_WORKSPACE"):
         if place in os.environ:  # the notebook runs in its own folder, not in the caller's
             os.environ[place] = str(Path(os.environ[place]).resolve())
