@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import load_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -166,12 +167,13 @@ def start_envoy(path):
         ({"backdoor_target": 12}, "wrong.yaml: backdoor_target: "),
     ],
 )
-def test_a_wrong_yaml_ends_the_envoy_with_one_line(tmp_path, change, words):
+def test_a_wrong_yaml_ends_the_envoy_with_one_line(private_attributes, tmp_path, monkeypatch, change, words):
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump({"name": "Amsterdam", "director": "localhost:1"} | change))
-    code, line = start_envoy(path)
-    assert code == 1
-    assert words in line
+    monkeypatch.setattr(sys, "argv", ["start.py", str(path)])
+    with pytest.raises(SystemExit) as said:
+        load_module("envoy_start", ROOT / "envoy" / "start.py").main()
+    assert words in str(said.value) and len(str(said.value).splitlines()) == 1
 
 
 def of_folder(private_attributes, tree, **keys):
