@@ -23,6 +23,7 @@ SHORT := -k "not FedAvg and not 2] and not hangs and not other_settings and not 
 .PHONY: run export test faults lint clean
 
 run: .venv/ready
+	$(NOTEBOOK) --check
 	$(FEDERATION) -- $(NOTEBOOK)
 
 export: .venv/ready

@@ -16,6 +16,7 @@ from openfl.experimental.workflow.transport.grpc.director_client import RuntimeD
 from envoy.channel import Identity, around, greet, handshake, open_channel, plain_address
 from experimenter.export import export_workspace
 from experimenter.heartbeat import heartbeat, log
+from experimenter.results import Results
 
 DIRECTOR = os.environ.get("CROWDGUARD_DIRECTOR", "localhost:50051")
 CERTIFICATES = Path(os.environ.get("CROWDGUARD_CERTIFICATES", "certificates"))
@@ -110,10 +111,10 @@ class Federation(FederatedRuntime):
 
     Args:
         resume: name of a run that shall go on where it ended.
-        results: folder for `history.json`, which grows with every round, and `global_model.safetensors`.
+        results: where the history, which grows with every round, and the model are kept.
     """
 
-    def __init__(self, resume: str = "", results: Path | None = None):
+    def __init__(self, resume: str = "", results: Results | None = None):
         self._runtime_dir_client = DirectorClient(identity())
         super().__init__(tls=True)
         self.collaborators, self.final_state = self.get_envoys(), State()
@@ -202,21 +203,11 @@ class Federation(FederatedRuntime):
         return self.get_flow_state()[1]
 
     def keep(self, state: State) -> None:
-        """Writes what there is: whole, or not at all."""
         if self.results:
-            reached = {"run": self.run, "federation": state.history, "traffic": state.traffic}
-            write(self.results / "history.json", json.dumps(reached, indent=1).encode())
-        if self.results and state.global_model:
-            write(self.results / "global_model.safetensors", state.global_model)
+            self.results.keep(state.global_model, run=self.run, federation=[*state.history], traffic=state.traffic)
 
 
-def write(path: Path, content: bytes) -> None:
-    part = path.with_suffix(".part")
-    part.write_bytes(content)
-    part.replace(path)
-
-
-def connect(resume: str = "", results: Path | None = None) -> Federation:
+def connect(resume: str = "", results: Results | None = None) -> Federation:
     """The federation behind `CROWDGUARD_DIRECTOR`, with all participants that are online; arguments as `Federation`.
 
     Raises: `ConnectionError` with one line if there is no director, or nobody is online.

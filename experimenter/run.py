@@ -2,12 +2,12 @@
 
     python experimenter/run.py --config published --set rounds=2
 
-`make run` calls this beside a local federation. With `--export` it only writes `generated_workspace/`.
+`make run` calls this beside a local federation. With `--export` it only writes `generated_workspace/`, with `--check`
+it only says whether the settings are right.
 """
 
 import argparse
 import json
-import logging
 import os
 import re
 import sys
@@ -15,11 +15,12 @@ import tempfile
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import papermill
-from nbconvert import HTMLExporter
 
 NOTEBOOK = Path(__file__).parent.parent / "FederatedCrowdGuard.ipynb"
+sys.path.insert(0, str(NOTEBOOK.parent))  # for the package that this file is in
+NOISE = re.compile(r"\s*$|(Aggregator|Collaborator) step .* registered|.*\[IPKernelApp\] WARNING")
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def tagged(cell, tag: str) -> bool:
@@ -51,10 +52,35 @@ def parse_change(text: str) -> str:
         return f"{key}={value!r}"
 
 
-def worth_showing(record) -> bool:
-    """What the notebook printed, without papermill's own words on every cell."""
-    message = record.getMessage()
-    return bool(message.strip()) and not re.match(r"(Executing|Ending) Cell|<Figure|(In|Out)put Notebook:", message)
+def check(notebook) -> None:
+    """`SystemExit` with one line if the settings of the notebook are not right; runs their cells alone."""
+    first, last = ([i for i, c in enumerate(notebook.cells) if tagged(c, tag)] for tag in ("imports", "settings"))
+    chosen = last[0] + (2 if "dataclasses.replace(" in notebook.cells[last[0] + 1].source else 1)
+    names = {"__name__": "settings"}
+    try:
+        for cell in notebook.cells[first[0] : chosen]:
+            if exported(cell):
+                exec(cell.source, names)  # noqa: S102
+    except (TypeError, ValueError) as error:
+        problem = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
+        where = ".".join(str(part) for part in problem["loc"])
+        raise SystemExit(f"--set {where}: {problem['msg']}" if where else f"--set: {problem['msg']}") from None
+
+
+class Console:
+    """Shows what the notebook prints: without blank lines, colours, and what OpenFL says of its own."""
+
+    def __init__(self, stream):
+        self.stream, self.open = stream, ""
+
+    def write(self, text: str) -> None:
+        *lines, self.open = (self.open + text).split("\n")
+        for line in lines:
+            if not NOISE.match(plain := ANSI.sub("", line)):
+                self.stream.write(f"{plain}\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
 
 
 def execute(notebook, output: Path | None) -> None:
@@ -67,7 +93,8 @@ def execute(notebook, output: Path | None) -> None:
             os.environ.setdefault("CROWDGUARD_WORKSPACE", str(Path(folder) / "workspace" / "generated_workspace"))
         try:
             running = output and output.with_suffix(".failed.ipynb")  # an earlier result stays until there is a new one
-            papermill.execute_notebook(copy, running, cwd=NOTEBOOK.parent, log_output=True, progress_bar=False)
+            shown = {"stdout_file": Console(sys.stdout), "stderr_file": Console(sys.stderr)}
+            papermill.execute_notebook(copy, running, cwd=NOTEBOOK.parent, progress_bar=False, **shown)
         except papermill.PapermillExecutionError as error:
             raise SystemExit(
                 f"cell {error.cell_index}: {error.ename}: {error.evalue}\nsee {running or NOTEBOOK}"
@@ -76,10 +103,20 @@ def execute(notebook, output: Path | None) -> None:
         running.replace(output)
 
 
+def assert_director() -> None:
+    from experimenter import connect
+
+    try:
+        connect.assert_director()
+    except ConnectionError as error:
+        raise SystemExit(str(error)) from None
+
+
 def show(history: Path) -> None:
-    rows = pd.DataFrame(json.loads(history.read_text())["federation"]).set_index("round")
-    rows["excluded"] = rows["excluded"].map(lambda names: ", ".join(names) or "-")
-    print(rows[["main_accuracy", "backdoor_accuracy", "excluded", "tpr", "tnr"]].round(3).to_string(na_rep="-"))
+    from experimenter.results import table  # late, as all that takes seconds: a wrong setting is told at once
+
+    rows = table(json.loads(history.read_text())["federation"])
+    print(rows.round(3).to_string(na_rep="-"))
 
 
 def main():
@@ -89,29 +126,31 @@ def main():
     parser.add_argument("--results", type=Path, default=Path(os.environ.get("CROWDGUARD_RESULTS", "results")))
     parser.add_argument("--resume", default="", metavar="RUN", help="go on with a run that did not come to its end")
     parser.add_argument("--export", action="store_true", help="only write generated_workspace/")
+    parser.add_argument("--check", action="store_true", help="only look whether the settings are right")
     args = parser.parse_args()
     os.environ["CROWDGUARD_RESUME"] = args.resume
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("papermill").addFilter(worth_showing)
     for place in ("CROWDGUARD_CERTIFICATES", "CROWDGUARD_ENVOYS", "CROWDGUARD_WORKSPACE"):
         if place in os.environ:  # the notebook runs in its own folder, not in the caller's
             os.environ[place] = str(Path(os.environ[place]).resolve())
     notebook = with_settings(nbformat.read(NOTEBOOK, as_version=4), args.config, [parse_change(t) for t in args.set])
+    check(notebook)
+    if args.check:
+        return
     if args.export:
         notebook.cells = [cell for cell in notebook.cells if exported(cell) or tagged(cell, "workspace")]
         execute(notebook, None)
         return
+    assert_director()
     args.results = args.results.resolve()
     args.results.mkdir(parents=True, exist_ok=True)
     os.environ["CROWDGUARD_RESULTS"] = str(args.results)
     output = args.results / NOTEBOOK.name
     execute(notebook, output)
-    html, _ = HTMLExporter().from_notebook_node(nbformat.read(output, as_version=4))
-    output.with_suffix(".html").write_text(html)
+    from experimenter.report import write_report
+
+    report = write_report(output)
     show(args.results / "history.json")
-    print(
-        f"results: {output}, {output.with_suffix('.html')}, {args.results / 'history.json'} and the figures beside them"
-    )
+    print(f"Report: {report}; model, history and figures are beside it")
 
 
 if __name__ == "__main__":

@@ -342,3 +342,37 @@ def test_ray_gives_the_same_results(exported, tmp_path):
         histories.append(without_times(json.loads((tmp_path / f"{backend}.json").read_text())))
     assert histories[0] == histories[1]
     assert len(histories[0]) == 2 and all(len(row["votes"]) == 4 for row in histories[0])
+
+
+class Normalised(torch.nn.Module):
+    """A net with statistics, and with tables that nobody learns."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Flatten()
+        )
+        self.head = torch.nn.Linear(512, classes)
+        self.register_buffer("mask", torch.full((10, 10), -torch.inf).triu(1))
+        self.register_buffer("table", torch.arange(600.0) * 83.5)
+
+    def forward(self, images):
+        return self.head(self.layers(images)) + 0 * self.mask.diagonal()
+
+
+def test_statistics_and_tables_survive_an_attack_that_scales(experiment, run, monkeypatch):
+    def normalised(config):
+        torch.manual_seed(config.seed)
+        return Normalised(config.classes)
+
+    monkeypatch.setattr(experiment, "initial_model", normalised)
+    flow = run(rounds=3, aggregation="FedAvg")
+    state, fresh = experiment.load(flow.global_model), normalised(flow.config).state_dict()
+    assert all(torch.equal(state[name], fresh[name]) for name in ("mask", "table"))
+    assert (state["layers.1.running_var"] > 0).all() and state["layers.1.num_batches_tracked"] > 0
+    assert [row["failed"] for row in flow.history] == [{}] * 3
+
+
+def test_what_no_round_can_mend_ends_the_run_at_once(run):
+    with pytest.raises(RuntimeError, match=r"nobody can train: .*labels from 0 to 9, but classes = 5: set `classes`"):
+        run(classes=5)

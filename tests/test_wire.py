@@ -125,24 +125,25 @@ def test_waves_hold_every_update_once_and_are_no_larger_than_allowed(experiment,
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_who_takes_the_steps_holds_the_aggregators_model(experiment, dtype):
-    """From nothing to a first model, then two steps: bit for bit the same, and near the exact one."""
+def test_who_applies_the_deltas_holds_the_aggregators_model(experiment, dtype):
+    """From nothing to a first model, then two deltas: bit for bit the same, and near the exact one."""
     config, memory, packed = experiment.Config(hidden=8, width=2, update_dtype=dtype), {}, None
-    exact = experiment.initial_model(config).state_dict()
+    model = experiment.initial_model(config)
+    exact = model.state_dict()
     for version in (1, 2, 3):
-        before = experiment.load(packed) if packed else {n: torch.zeros_like(v) for n, v in exact.items()}
-        step = experiment.pack_update(exact, before, dtype)
-        packed = experiment.stepped(packed, step, config)
-        experiment.follow(memory, experiment.Task(1, version, version == 1, step), config)
+        before = experiment.load(packed) if packed else {}
+        delta = experiment.pack_update(exact, before, dtype)
+        packed = experiment.apply_delta(packed, delta, model)
+        experiment.follow(memory, experiment.Task(1, version, version == 1, delta), model)
         assert memory["global_model"] == packed
         near = experiment.global_state(memory, version)
         assert all((near[name] - value).abs().max() <= 0.01 * (1 + value.abs().max()) for name, value in exact.items())
         exact = {name: value + 0.1 * torch.randn_like(value) for name, value in exact.items()}
-    experiment.follow(memory, experiment.Task(1, 3, False, step), config)
-    assert memory["global_model"] == packed, "a step that has been taken is not taken again"
-    with pytest.raises(LookupError, match="cannot take the step to 5"):
-        experiment.follow(memory, experiment.Task(1, 5, False, step), config)
-    experiment.follow(memory, experiment.Task(1, 5, True, packed), config)
+    experiment.follow(memory, experiment.Task(1, 3, False, delta), model)
+    assert memory["global_model"] == packed, "a delta that has been applied is not applied again"
+    with pytest.raises(LookupError, match="cannot apply the delta to 5"):
+        experiment.follow(memory, experiment.Task(1, 5, False, delta), model)
+    experiment.follow(memory, experiment.Task(1, 5, True, packed), model)
     assert memory == {"global_model": packed, "version": 5}
     with pytest.raises(LookupError, match="missed a step"):
         experiment.global_state(memory, 4)

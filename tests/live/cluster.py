@@ -28,9 +28,10 @@ from pathlib import Path
 
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 from experimenter.connect import connect
+from experimenter.results import Results
 
 results, wish, *name = sys.argv[1:]
-federation = connect(name[0] if wish == "resume" else "", Path(results))
+federation = connect(name[0] if wish == "resume" else "", Results(Path(results)))
 if wish == "attach":
     federation.attach(name[0])
 else:

@@ -1,0 +1,89 @@
+"""What is kept of a run: its history as JSON, CSV and TensorBoard's event files, and the model (docs/history.md)."""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from tensorboardX import SummaryWriter
+
+PACKAGES = ("openfl", "torch", "torchvision", "numpy", "scipy", "scikit-learn")
+MEASURES = {
+    "main_accuracy": "main-task accuracy",
+    "backdoor_accuracy": "backdoor accuracy",
+    "tpr": "TPR",
+    "tnr": "TNR",
+}
+NAMES = ("excluded", "attackers")
+
+
+def table(history: list[dict]) -> pd.DataFrame:
+    """One line a round."""
+    rows = pd.DataFrame(history).set_index("round")
+    rows["excluded"] = rows["excluded"].map(lambda names: ", ".join(names) or "–")
+    columns = ["main_accuracy", "backdoor_accuracy", "excluded", "tpr", "tnr"]
+    return rows[columns].astype(dict.fromkeys(MEASURES, float)).rename(columns=MEASURES)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file whole, or not at all."""
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+class Results:
+    """Keeps in a folder what a run reaches, as far as it is known.
+
+    Args:
+        config: the run's settings, a dataclass.
+        show: called with the history whenever it has grown.
+    """
+
+    def __init__(self, folder: Path, config=None, show: Callable[[list], None] | None = None):
+        self.folder, self.show, self.events, self.logged = folder, show, {}, {}
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        about = {
+            "config": vars(config) if config else None,
+            "versions": {"python": platform.python_version()} | versions,
+        }
+        self.reached = {"format": 1, "run": "", **about, "federation": [], "traffic": [], "undefended": []}
+
+    def keep(self, model: bytes = b"", **reached) -> None:
+        """Writes what there is; `reached` are keys of `history.json`."""
+        grown = len(reached.get("federation", [])) > len(self.reached["federation"])
+        self.reached |= reached
+        write(self.folder / "history.json", json.dumps(self.reached, indent=1).encode())
+        histories = {"federation": self.reached["federation"], "plain FedAvg": self.reached["undefended"]}
+        write(self.folder / "history.csv", as_csv(histories).encode())
+        for name, history in histories.items():
+            self.log(name, history)
+        if model:
+            write(self.folder / "global_model.safetensors", model)
+        if grown and self.show:
+            self.show(self.reached["federation"])
+
+    def log(self, name: str, history: list[dict]) -> None:
+        """Adds the rounds that are new to TensorBoard's event files."""
+        for row in history[self.logged.get(name, 0) :]:
+            if name not in self.events:
+                self.events[name] = SummaryWriter(str(self.folder / "tensorboard" / f"{self.reached['run']} {name}"))
+            for measure in MEASURES:
+                if row[measure] is not None:
+                    self.events[name].add_scalar(measure, row[measure], row["round"])
+            self.events[name].flush()
+        self.logged[name] = len(history)
+
+
+def as_csv(histories: dict[str, list[dict]]) -> str:
+    """A line for each round of each history; names are joined by semicolons."""
+    lines = [
+        {"history": name, "round": row["round"]}
+        | {measure: row[measure] for measure in MEASURES}
+        | {what: ";".join(row[what]) for what in (*NAMES, "failed")}
+        for name, history in histories.items()
+        for row in history
+    ]
+    return pd.DataFrame(lines).to_csv(index=False)

@@ -1,0 +1,317 @@
+"""Any net: what is recorded of it, what travels of it, and what is said before it is trained."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+
+class Residual(nn.Module):
+    """Linear layers with an addition in between, in place or not."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace, self.relu = inplace, nn.ReLU(inplace)
+        self.a, self.b, self.out = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, images):
+        hidden = self.a(images.flatten(1))
+        more = self.relu(self.b(hidden))
+        if self.inplace:
+            hidden += more
+        else:
+            hidden = hidden + more
+        return self.out(self.relu(hidden))
+
+
+class Patches(nn.Module):
+    """A patch embedding, attention with a residual connection, and a head; `(N, 3, 8, 8)`."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+        self.embed, self.attend = nn.Conv2d(3, 8, 4, stride=4), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mlp, self.out = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), nn.Linear(8, 10)
+
+    def forward(self, images):
+        tokens = self.embed(images).flatten(2).transpose(1, 2)
+        attended, _ = self.attend(tokens, tokens, tokens)
+        for more in (attended, self.mlp(attended)):
+            tokens = tokens.add_(more) if self.inplace else tokens + more
+        return self.out(tokens.mean(1))
+
+
+class Shared(nn.Module):
+    """A layer that is used twice, with the functional activation, in place or not."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace, self.a, self.out = inplace, nn.Linear(12, 12), nn.Linear(12, 10)
+
+    def forward(self, images):
+        hidden = images.flatten(1)
+        for _ in range(2):
+            hidden = nn.functional.relu(self.a(hidden), inplace=self.inplace)
+        return self.out(hidden)
+
+
+NETS = {
+    "activation": lambda inplace: nn.Sequential(
+        nn.Conv2d(3, 4, 2), nn.ReLU(inplace), nn.Flatten(), nn.Linear(4, 5), nn.ELU(inplace=inplace), nn.Linear(5, 10)
+    ),
+    "normalised": lambda inplace: nn.Sequential(
+        nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.ReLU(inplace), nn.Flatten(), nn.Linear(4, 10)
+    ),
+    "residual": Residual,
+    "attention": Patches,
+    "shared": Shared,
+}
+
+
+def batch(name, count=20):
+    side = 8 if name == "attention" else 2
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def moved(model, by=0.1):
+    """A copy with other parameters."""
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += by * torch.randn(parameter.shape, generator=generator)
+    return other
+
+
+def distances(experiment, name, model, others):
+    loader = [(batch(name), torch.arange(20) % 10)]
+    return experiment.hidden_distances(model, others, loader, "cpu")[0]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_model_is_at_no_distance_from_itself(experiment, name):
+    for inplace in (True, False):
+        model = NETS[name](inplace)
+        assert distances(experiment, name, model, [model, moved(model)])[1, :, 0].max() == 0
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_it_makes_no_difference_whether_a_net_works_in_place(experiment, name):
+    found = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        model = NETS[name](inplace)
+        found.append(distances(experiment, name, model, [model, moved(model)]))
+    assert (found[0] == found[1]).all()
+    assert (found[0][1, :, 1].mean(axis=0) > 0).all(), "each layer is seen"
+
+
+@pytest.mark.parametrize(
+    ("activation", "belongs"), [(nn.ReLU(), True), (nn.ReLU(inplace=True), True), (nn.Tanh(), False)]
+)
+def test_an_activation_that_could_work_in_place_belongs_to_its_layer(experiment, activation, belongs):
+    layer, images = nn.Linear(3, 5), torch.randn(50, 3)
+    output, _ = experiment.hidden_outputs(nn.Sequential(layer, activation, nn.Linear(5, 2)), images)
+    assert torch.equal(output, activation(layer(images)) if belongs else layer(images))
+
+
+# --- The dry pass -------------------------------------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """A net `(N, 3, 2, 2)` → `(N, 10)` whose forward pass the test says."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.run = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, images):
+        return self.run(self, images)
+
+
+def sequence_first(net, images):
+    return net.out(net.layer(images.flatten(2).permute(2, 0, 1)).mean(0))
+
+
+@pytest.mark.parametrize(
+    ("net", "words"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(12, 7)), r"returns \(2, 7\), not logits \(2, 10\)"),
+        (Odd(lambda net, x: (net.a(x.flatten(1)), x), a=nn.Linear(12, 10)), "returns tuple, not logits"),
+        (Odd(lambda net, x: x.flatten(1)[:, :10] * 1.0), "no layer that can be inspected"),
+        (Odd(sequence_first, layer=nn.Linear(3, 6), out=nn.Linear(6, 10)), "net's layer puts out.*the batch must come"),
+        (
+            Odd(lambda net, x: net.out(net.layer(x.flatten(2))[0].mean(1)), layer=nn.LSTM(4, 6), out=nn.Linear(6, 10)),
+            None,
+        ),
+        (
+            Odd(
+                lambda net, x: net.out(net.layer(x.flatten(2)).flatten(1)),
+                layer=nn.Conv1d(3, 5, 2),
+                out=nn.Linear(15, 10),
+            ),
+            None,
+        ),
+    ],
+)
+def test_what_a_net_puts_out_is_checked_before_it_is_trained(experiment, net, words):
+    if words:
+        with pytest.raises(ValueError, match=words):
+            experiment.dry_pass(net, batch(""), 10)
+    else:
+        assert experiment.dry_pass(net, batch(""), 10) == ["layer", "out"]
+
+
+def test_rows_that_are_no_images_are_told_even_if_their_number_fits(experiment):
+    """32 time steps of 32 images: by shapes alone nothing is wrong."""
+    net = Odd(
+        lambda net, x: net.out(net.layer(x.permute(1, 0, 2)).mean(0)), layer=nn.Linear(4, 6), out=nn.Linear(6, 10)
+    )
+    with pytest.raises(ValueError, match="layer puts out"):
+        experiment.dry_pass(net, torch.randn(32, 32, 4), 10)
+
+
+def test_windows_as_rows_are_images_as_long_as_those_of_one_image_follow_each_other(experiment):
+    windows = lambda net, x: net.out(net.layer(x.reshape(-1, 4)).reshape(len(x), -1))  # noqa: E731
+    net = Odd(windows, layer=nn.Linear(4, 6), out=nn.Linear(18, 10))
+    assert experiment.dry_pass(net, batch(""), 10) == ["layer", "out"]
+    assert experiment.hidden_outputs(net, batch("", 20))[0].shape == (20, 18)
+
+
+@pytest.mark.parametrize("net", [*NETS])
+def test_a_layer_that_is_never_called_is_not_missed(experiment, net, caplog):
+    model = NETS[net](True)
+    model.spare = nn.Linear(3, 3)
+    if not isinstance(model, nn.Sequential):
+        experiment.log.setLevel("INFO")
+        experiment.check_data(model, [(batch(net), torch.arange(20) % 10)], 10)
+        assert "spare" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("net", "words"),
+    [
+        (lambda: nn.Sequential(nn.LazyLinear(8)), "0.weight has no shape before the first pass"),
+        (lambda: with_buffer(torch.tensor([1.0, float("nan")])), "net's table is not finite"),
+        (lambda: Odd(None, w=nn.Parameter(torch.ones(2, dtype=torch.complex64))), "net's w is a parameter of type"),
+        (lambda: Odd(None, w=nn.Parameter(torch.tensor([torch.inf]))), "net's w is not finite"),
+    ],
+)
+def test_tensors_that_cannot_be_averaged_are_named(experiment, net, words):
+    with pytest.raises(ValueError, match=words):
+        experiment.check_net(net())
+
+
+def test_extra_state_is_named(experiment):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+    with pytest.raises(ValueError, match="0._extra_state is no tensor"):
+        experiment.check_net(nn.Sequential(Extra(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [(torch.tensor([0, 8]), "labels from 0 to 8, but classes = 5"), (torch.tensor([-1, 2]), "labels from -1 to 2")],
+)
+def test_labels_are_classes(experiment, labels, words):
+    with pytest.raises(ValueError, match=words):
+        experiment.check_data(NETS["residual"](False), [(batch("", 2), labels)], 5)
+
+
+def test_a_loader_without_a_batch_is_told(experiment):
+    with pytest.raises(ValueError, match="gives no batch: see batch_size"):
+        experiment.check_data(NETS["residual"](False), [], 10)
+
+
+# --- Tensors that are not learned ---------------------------------------------------------------------------------
+
+
+def with_buffer(value, name="table"):
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    net.register_buffer(name, value)
+    return net
+
+
+CONSTANTS = {
+    "table": torch.arange(600.0) * 83.5,
+    "mask": torch.full((4, 4), -torch.inf).triu(1),
+    "rotary": torch.polar(torch.ones(5), torch.arange(5.0)),
+    "bf16": torch.tensor([1.0, 3.1], dtype=torch.bfloat16),
+    "third": torch.tensor([1 / 3], dtype=torch.float64),
+    "index": torch.arange(7),
+    "flags": torch.tensor([True, False]),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_constant_stays_what_it_is(experiment, name, dtype):
+    """From the first model over two rounds of training, averaging and rounding."""
+    model = with_buffer(CONSTANTS[name], name)
+    others, packed = experiment.buffers(model), None
+    state = model.state_dict()
+    for _ in range(3):
+        reference = experiment.load(packed) if packed else {}
+        packed = experiment.apply_delta(packed, experiment.pack_update(state, reference, dtype, others), model)
+        held = experiment.load(packed)
+        assert torch.equal(held[name], CONSTANTS[name]) and held[name].dtype == CONSTANTS[name].dtype
+        locals_ = [held | {"0.weight": held["0.weight"] + 0.1 * i} for i in (1, 2, 3)]
+        sent = [experiment.pack_update(local, held, dtype, others) for local in locals_]
+        assert all(name not in experiment.load(update) for update in sent), "it need not travel"
+        arrived = [experiment.unpack_update(update, held, others) for update in sent]
+        state = experiment.clipped_avg(arrived, held, 0.1, [], others)
+
+
+def test_statistics_are_averaged_as_they_are(experiment):
+    """A variance that falls from 0.3 to 1e-4 would be negative after bfloat16, and after scaling."""
+    model = with_buffer(torch.zeros(1))
+    reference, others = {**model.state_dict(), "1.running_var": torch.full((2,), 0.3)}, experiment.buffers(model)
+    local = reference | {"1.running_var": torch.full((2,), 1e-4), "1.num_batches_tracked": torch.tensor(4)}
+    arrived = experiment.unpack_update(experiment.pack_update(local, reference, "bfloat16", others), reference, others)
+    assert torch.equal(arrived["1.running_var"], local["1.running_var"])
+    assert arrived["1.num_batches_tracked"] == 4
+    averaged = experiment.clipped_avg([arrived, arrived], reference, 1e-9, [], others)
+    assert torch.equal(averaged["1.running_var"], local["1.running_var"])
+    assert torch.equal(experiment.rescaled(arrived, reference, 10, others)["1.running_var"], local["1.running_var"])
+
+
+def test_statistics_are_no_directions(experiment):
+    model = with_buffer(torch.zeros(1))
+    reference, others = model.state_dict(), experiment.buffers(model)
+    local = reference | {"1.running_mean": torch.full((2,), 1e6)}
+    assert experiment.look_at_updates(reference, [local], {}, others)[0] == [0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("table", torch.tensor([2.0]), None),
+        ("table", torch.tensor([2.0], dtype=torch.float16), "has type"),
+        ("table", torch.tensor([torch.inf]), "not finite"),
+        ("table", torch.zeros(2), "has shape"),
+        ("1.num_batches_tracked", torch.tensor(-1), "cannot be learned"),
+    ],
+)
+def test_a_buffer_in_an_update_is_checked(experiment, name, value, words):
+    model = with_buffer(torch.zeros(1))
+    reference, others = model.state_dict(), experiment.buffers(model)
+    packed = experiment.pack_model({n: v for n, v in reference.items() if n not in others} | {name: value})
+    if words:
+        with pytest.raises(ValueError, match=words):
+            experiment.unpack_update(packed, reference, others)
+    else:
+        assert torch.equal(experiment.unpack_update(packed, reference, others)[name], value)
+
+
+def test_tensors_that_share_memory_travel(experiment):
+    net, one = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.arange(3)
+    net.register_buffer("a", one)
+    net.register_buffer("b", one)
+    net[1].weight = net[0].weight
+    packed = experiment.load(experiment.pack_model(net.state_dict()))
+    assert packed.keys() == net.state_dict().keys()
+    assert experiment.buffers(net) == {"a", "b"}, "a tied weight is learned under both names"

@@ -1,0 +1,104 @@
+"""The cells before the federation draw and show with every setting that is allowed."""
+
+import contextlib
+import io
+
+import matplotlib
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+SMALL = {"rounds": 2, "local_epochs": 1, "hidden": 16, "width": 32}
+
+
+class Normalised(torch.nn.Sequential):
+    def __init__(self, classes):
+        super().__init__(
+            torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
+            torch.nn.Conv2d(8, 64, 3, stride=4), torch.nn.Flatten(), torch.nn.Linear(256, classes),
+        )  # fmt: skip
+
+
+NETS = {"normalised": lambda config: Normalised(config.classes), "no convolution": lambda config: flat(3072, config)}
+
+
+def flat(inputs, config):
+    return torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(inputs, 20), torch.nn.ReLU(), torch.nn.Linear(20, config.classes)
+    )
+
+
+def write_envoys(folder, names, attackers, data):
+    for index, name in enumerate(names):
+        mine = {"name": name, "director": "localhost:50051", "device": "cpu"}
+        mine["data"] = {"participants": len(names), "index": index, "train_samples": 60, "test_samples": 7} | data
+        if name in attackers:
+            mine["attack"] = {"first_round": 2, "scale": 2, "accomplices": list(attackers)}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(mine))
+
+
+@pytest.fixture
+def play(tmp_path, monkeypatch):
+    """Runs the cells before the federation; returns what they have defined, and printed."""
+    matplotlib.use("Agg")
+    monkeypatch.chdir(ROOT)
+    envoys = tmp_path / "envoys"
+    envoys.mkdir()
+    monkeypatch.setenv("CROWDGUARD_ENVOYS", str(envoys))
+    monkeypatch.setenv("CROWDGUARD_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setenv("CROWDGUARD_CERTIFICATES", str(tmp_path))
+    monkeypatch.syspath_prepend(str(ROOT))
+
+    def go(names=("Ann", "Ben", "Eve"), attackers=("Eve",), data=None, net=None, **settings):
+        write_envoys(envoys, names, attackers, data or {})
+        values, printed = {"__name__": "notebook"}, io.StringIO()
+        cells = nbformat.read(ROOT / "FederatedCrowdGuard.ipynb", as_version=4).cells
+        last = next(i for i, cell in enumerate(cells) if cell.source.startswith("## The federation"))
+        with contextlib.redirect_stdout(printed):
+            for cell in cells[:last]:
+                if cell.cell_type == "code":
+                    exec(compile(cell.source, cell.id, "exec"), values)
+                if "settings" in cell.metadata.get("tags", []):
+                    values["config"] = values["replace_config"](values["config"], **(SMALL | settings))
+                if net and "def initial_model" in cell.source:
+                    values["initial_model"] = net
+                if "import NamedTuple" in cell.source:
+                    values["replace_config"] = values["replace"]
+        plt.close("all")
+        return values, printed.getvalue()
+
+    return go
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 100])
+def test_with_any_number_of_participants(play, count):
+    names = [f"P{i:03}" for i in range(count)]
+    values, printed = play(names, names[-1:] if count > 1 else (), {"train_samples": 12} if count == 100 else {})
+    assert "The figures show the demo" not in printed
+    assert len(values["names"]) == count
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_with_other_nets(play, net):
+    assert "The figures show the demo" not in play(net=NETS[net])[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"classes": 3}, "labels from 0 to 9, but classes = 3"),
+        ({"names": ()}, "there are no YAML files"),
+        ({"data": {"source": "image_folder", "folder": "/nowhere"}}, "there is no folder /nowhere"),
+        ({"net": lambda config: flat(1024, config)}, "the net cannot take a batch (2, 3, 32, 32): RuntimeError"),
+    ],
+)
+def test_where_the_participants_do_not_fit_the_figures_show_the_demo(play, changes, reason):
+    _, printed = play(**changes)
+    assert "The figures show the demo" in printed and reason in printed
+
+
+def test_a_run_that_is_over_before_the_attack_begins_is_told(play):
+    assert "The attack begins in round 2, and this run has 1" in play(rounds=1)[1]
