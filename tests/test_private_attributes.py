@@ -644,6 +644,23 @@ def test_no_yaml_no_certificates_and_no_director(tmp_path):
     assert "right.yaml: director: nobody answers at localhost:1" in start_envoy(path)[1]
 
 
+def test_the_folder_is_complete_on_its_own_and_as_a_package(tmp_path):
+    """As the owner has it, who starts it by its path; and as the notebook imports it."""
+    shutil.copytree(ROOT / "envoy", tmp_path / "anywhere")
+    path = tmp_path / "wrong.yaml"
+    path.write_text("name: Amsterdam\ndirector: localhost:1\ntrigger: feature\n")
+    command = [sys.executable, tmp_path / "anywhere" / "start.py", path]
+    alone = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert alone.stderr.startswith(f"{path}: trigger: feature does not fit"), alone.stderr
+    code = """import inspect, pickle, sys; from envoy import private_attributes as p
+mine = p.participant("A", {"train_samples": 20}, attack={})
+assert "attacks" not in sys.modules and p.SOURCES is sys.modules["envoy.sources"].SOURCES
+assert type(pickle.loads(pickle.dumps(mine["adversary"]))) is p.Backdoor
+print(inspect.getsource(p.add_trigger), inspect.getsource(p.poison))"""
+    package = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert "def add_trigger" in package.stdout and "def poison" in package.stdout, package.stderr
+
+
 def test_importing_does_nothing(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'envoy')!r}); import private_attributes; "
     code += "print({'sklearn', 'torchvision'} & set(sys.modules))"
