@@ -155,7 +155,7 @@ def load_images(folder: Path) -> dict[str, torch.Tensor]:
     if not path.exists():
         loaded = {}
         for part in ("train", "test"):
-            labels, read = private_attributes.image_folder(folder, part == "train")
+            labels, read, *_ = private_attributes.image_folder(folder, part == "train")
             blocks = np.array_split(np.arange(len(labels)), 50)
             images = [(read(block) * 255).round().to(torch.uint8) for block in tqdm(blocks, desc=f"{part} images")]
             loaded |= {f"{part}_images": torch.cat(images), f"{part}_labels": torch.from_numpy(labels)}

@@ -9,12 +9,14 @@ two files over a channel you trust; `ca.key` stays here. Participants who come l
 """
 
 import argparse
+import contextlib
 import datetime
 import ipaddress
 import os
 import re
 from pathlib import Path
 
+import idna
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -49,6 +51,32 @@ def issue(name: str, key, issuer_name, issuer_key, days: int, extensions) -> x50
 
 def common_name(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def plain_host(host: str) -> str:
+    """An IP address as it is, or a host's name with its umlauts in the ASCII form that DNS has.
+
+    Raises: `ValueError` with one line. (envoy/channel.py has the same function: the two are handed over alone.)
+    """
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(host))
+    try:
+        name = host if host.isascii() else idna.encode(host, uts46=True).decode()
+    except idna.IDNAError as error:
+        raise ValueError(f"{host!r:.80} is no host: {error}") from None
+    labels = name.split(".")
+    if not all(re.fullmatch(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)", label) for label in labels):
+        raise ValueError(f"{host!r:.80} is no host: between dots stand 1 to 63 letters, digits and hyphens")
+    if len(name) > 253 or labels[-1].isdigit():
+        raise ValueError(f"{host!r:.80} is no host: it is longer than 253 characters, or a wrong IP address")
+    return name
+
+
+def director_host(text: str) -> str:
+    """The host in `--director`; `ValueError` with one line if it is none."""
+    if re.fullmatch(r"(\[.*\]|[^:]*):[0-9]*", text):
+        raise ValueError(f"{text!r:.80} has a port, which belongs into the participants' YAML: give the host alone")
+    return plain_host(text[1:-1] if re.fullmatch(r"\[.*:.*\]", text) else text)
 
 
 def alternative_name(host: str) -> x509.GeneralName:
@@ -87,23 +115,36 @@ def still_good(path: Path, name: str) -> bool:
     """Whether the certificate is there, not about to expire, and has this common name."""
     if not path.exists():
         return False
-    certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
-    return left > datetime.timedelta(days=1) and certificate.subject == common_name(name)
+    subject = x509.load_pem_x509_certificate(path.read_bytes()).subject
+    return days_left(path) > 0 and subject == common_name(name)
+
+
+def days_left(path: Path) -> int:
+    """Whole days until a certificate ends; negative if it has."""
+    end = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+    return (end - datetime.datetime.now(datetime.UTC)) // datetime.timedelta(days=1)
 
 
 def director_of(folder: Path) -> str:
-    """The host for which the director's certificate is; localhost if there is none."""
-    if not (path := folder / "director.crt").exists():
-        return "localhost"
-    subject = x509.load_pem_x509_certificate(path.read_bytes()).subject
-    return subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value
+    """The host for which the director's certificate is, its first alternative name; localhost if there is none."""
+    first = next(iter(alternative_names(folder / "director.crt")), None)
+    return str(first.value) if first else "localhost"
+
+
+def alternative_names(path: Path) -> list[x509.GeneralName]:
+    """The hosts in a certificate; none if it is not there."""
+    try:
+        extensions = x509.load_pem_x509_certificate(path.read_bytes()).extensions
+        return list(extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except (FileNotFoundError, x509.ExtensionNotFound):
+        return []
 
 
 def check_name(name: str) -> None:
-    """`SystemExit` if no envoy may have the name."""
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", name) or name in OURS:
-        raise SystemExit(f"{name!r} cannot be a participant: at most 64 letters, digits, - and _, and not {OURS}")
+    """`SystemExit` if no envoy may have the name. (Settings in envoy/private_attributes.py has the same rule.)"""
+    if not re.fullmatch(r"[^\W\d_][\w-]*", name) or len(name.encode()) > 64 or name.lower() in OURS:
+        ours = ", ".join(OURS)
+        raise SystemExit(f"{name!r:.80} cannot be a participant: at most 64 letters, digits, - and _, none of {ours}")
 
 
 def make_certificates(
@@ -115,31 +156,39 @@ def make_certificates(
     Args:
         director: host name or address under which the director is reached; None if that shall stay as it is.
         participants: envoy names, which are the certificates' common names.
+        days: how long they are good; no longer than their CA.
         renew: whose key and certificate are made anew though they are good.
     """
     participants = [*participants, *(name for name in renew if name not in ("director", "experimenter"))]
     for name in participants:
         check_name(name)
+    try:
+        director = director_of(folder) if director is None else director_host(director)
+    except ValueError as error:
+        raise SystemExit(f"--director {error}") from None
     folder.mkdir(parents=True, exist_ok=True)
-    director = director or director_of(folder)
     ca_name, ca_key = certificate_authority(folder)
+    if days > (left := days_left(folder / "ca.crt")):
+        raise SystemExit(f"--days {days}: {folder / 'ca.crt'} ends in {left} days, and what it signs not later")
     client, both = (
         [ExtendedKeyUsageOID.CLIENT_AUTH],
         [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH],
     )
     hosts = dict.fromkeys([director, "localhost", "127.0.0.1"])
     server = x509.SubjectAlternativeName([alternative_name(host) for host in hosts])
-    for file, name in [("director", director), ("experimenter", "experimenter"), *((p, p) for p in participants)]:
-        if file not in renew and still_good(folder / f"{file}.crt", name):
+    for file in ("director", "experimenter", *participants):  # the director's host is no common name: those end at 64
+        path = folder / f"{file}.crt"
+        moved = file == "director" and alternative_names(path) != list(server)
+        if file not in renew and still_good(path, file) and not moved:
             continue
         key = ec.generate_private_key(ec.SECP256R1())
         identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
         usages = x509.ExtendedKeyUsage(both if file == "director" else client)  # no participant passes for a server
         extensions = [(x509.BasicConstraints(ca=False, path_length=None), True), (usages, False), (identifier, False)]
         extensions += [(server, False)] if file == "director" else []
-        certificate = issue(name, key, ca_name, ca_key, days, extensions)
+        certificate = issue(file, key, ca_name, ca_key, days, extensions)
         write_private(folder / f"{file}.key", key)
-        (folder / f"{file}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
 def show_certificates(folder: Path) -> str:
@@ -149,11 +198,17 @@ def show_certificates(folder: Path) -> str:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
         name = certificate.subject.rfc4514_string().removeprefix("CN=")
         end = certificate.not_valid_after_utc
-        left = (end - datetime.datetime.now(datetime.UTC)).days
+        left = days_left(path)
         word = f"{left} days left" if left >= 0 else "EXPIRED"
         digest = certificate.fingerprint(hashes.SHA256()).hex(":")[:23]
         lines.append(f"{path.name:24} {name:24} until {end:%Y-%m-%d}, {word:14} SHA-256 {digest}...")
     return "\n".join(lines) or f"there are no certificates in {folder}"
+
+
+def positive(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a whole number from 1 on")
+    return int(text)
 
 
 def main():
@@ -163,7 +218,7 @@ def main():
     parser.add_argument("--renew", action="append", default=[], metavar="NAME", help="make key and certificate anew")
     parser.add_argument("--director", help="host name or address of its machine; as before, or localhost")
     parser.add_argument("--folder", type=Path, default=Path("certificates"))
-    parser.add_argument("--days", type=int, default=365)
+    parser.add_argument("--days", type=positive, default=365, help="how long they are good")
     args = parser.parse_args()
     if args.list:
         print(show_certificates(args.folder))

@@ -8,6 +8,8 @@ Needs `ca.crt`, `director.crt` and `director.key` in the certificates' folder; e
 import argparse
 import logging
 import os
+import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -15,23 +17,34 @@ from pathlib import Path
 import grpc
 import yaml
 
+# Threads that spin while they wait take the cores from the other processes of a machine; OpenMP reads it at import.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+warnings.filterwarnings("ignore", module="metaflow|_distutils_hack")  # OpenFL's dependencies on their own age
+
 OPENFL = "1.9"  # its last release, which director/ and envoy/ mend
-KEYS = {"port": int, "envoy_health_check_period": int}
+KEYS = ("port", "envoy_health_check_period")  # whole numbers
 
 
-def read_config(path: Path) -> dict:
+def read_config(path: Path) -> dict[str, int]:
     """The director's settings, or `SystemExit` with one line that names file and key."""
     try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        # Not as values, as YAML 1.1 has them: 010 is 8 there, 1:30 is 90, and of two equal keys the second lasts.
+        node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path}: byte {error.start} is not UTF-8: save the file with that encoding") from None
+    except (OSError, yaml.YAMLError, RecursionError) as error:
         raise SystemExit(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
+    if not isinstance(node, yaml.MappingNode):
         raise SystemExit(f"{path}: must hold the keys {', '.join(KEYS)}")
-    if odd := sorted(map(str, config.keys() ^ KEYS.keys())):
-        raise SystemExit(f"{path}: {odd[0]}: {'missing' if odd[0] in KEYS else 'unknown key'}")
-    for key, kind in KEYS.items():
-        if type(config[key]) is not kind:
-            raise SystemExit(f"{path}: {key}: {config[key]!r} is not of type {kind.__name__}")
+    config = {}
+    for key, value in ((str(key.value), value.value) for key, value in node.value):
+        if key not in KEYS or key in config:
+            raise SystemExit(f"{path}: {key!r:.80}: {'is there twice' if key in config else 'unknown key'}")
+        if not (isinstance(value, str) and re.fullmatch(r"[1-9][0-9]{0,4}", value)):
+            raise SystemExit(f"{path}: {key}: {value!r:.80} is not a whole number from 1 to 99999")
+        config[key] = int(value)
+    if missing := [key for key in KEYS if key not in config]:
+        raise SystemExit(f"{path}: {missing[0]}: missing")
     return config
 
 

@@ -1,7 +1,11 @@
 """A connection to the director or the aggregator: mutual TLS, with certificates that are looked at before."""
 
+import contextlib
 import datetime
 import functools
+import ipaddress
+import os
+import re
 import socket
 import ssl
 import uuid
@@ -10,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import grpc
+import idna
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -84,6 +89,51 @@ def signed(certificate, issuer) -> bool:
     return True
 
 
+def plain_host(host: str) -> str:
+    """An IP address as it is, or a host's name with its umlauts in the ASCII form that DNS has.
+
+    Raises: `ValueError` with one line. (director/certificates.py has the same function: the two are handed over alone.)
+    """
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(host))
+    try:
+        name = host if host.isascii() else idna.encode(host, uts46=True).decode()
+    except idna.IDNAError as error:
+        raise ValueError(f"{host!r:.80} is no host: {error}") from None
+    labels = name.split(".")
+    if not all(re.fullmatch(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)", label) for label in labels):
+        raise ValueError(f"{host!r:.80} is no host: between dots stand 1 to 63 letters, digits and hyphens")
+    if len(name) > 253 or labels[-1].isdigit():
+        raise ValueError(f"{host!r:.80} is no host: it is longer than 253 characters, or a wrong IP address")
+    return name
+
+
+def plain_address(address: str) -> str:
+    """`host:port` as gRPC takes it, IPv6 in brackets.
+
+    Raises: `ValueError` with one line.
+    """
+    host, _, port = address.rpartition(":")
+    if not (host and re.fullmatch(r"[1-9][0-9]{0,4}", port) and int(port) < 65536):
+        raise ValueError(f"{address!r:.80} is not host:port, as in director.example.org:50051 or [::1]:50051")
+    brackets = host.startswith("[") and host.endswith("]")
+    plain = plain_host(host[1:-1] if brackets else host)
+    if brackets != (":" in plain):
+        raise ValueError(f"{address!r:.80}: brackets belong around IPv6 addresses alone, as in [::1]:50051")
+    return f"[{plain}]:{port}" if brackets else f"{plain}:{port}"
+
+
+PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's order, which knows them in lower case alone
+
+
+def around(address: str) -> str:
+    """What to add when an address cannot be reached and gRPC is told to go through a proxy; else nothing."""
+    for variable in filter(os.environ.get, PROXIES):
+        host = address.rpartition(":")[0].strip("[]")
+        return f"; gRPC goes through the proxy that {variable} names, unless no_proxy={host} is set"
+    return ""
+
+
 def handshake(address: str, identity: Identity) -> None:
     """Connects once and hears what the other side thinks of this certificate, which gRPC does not tell.
 
@@ -110,7 +160,7 @@ def handshake(address: str, identity: Identity) -> None:
     except (OSError, ValueError, OverflowError) as error:
         if isinstance(error, ConnectionError) and address in str(error):
             raise
-        raise ConnectionError(f"nobody answers at {address} ({error}); is it started?") from None
+        raise ConnectionError(f"nobody answers at {address} ({error}); is it started?{around(address)}") from None
 
 
 class Announce(grpc.AuthMetadataPlugin):
@@ -144,6 +194,7 @@ def greet(address: str, identity: Identity) -> None:
         call = channel.unary_unary(GREETING).future(b"", timeout=20)  # in nobody's name
         said, code, words = dict(call.initial_metadata() or ()), call.code(), call.details()
     if code is not grpc.StatusCode.PERMISSION_DENIED:
-        raise ConnectionError(f"the director at {address} refuses: {words}")
+        lost = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        raise ConnectionError(f"the director at {address} refuses: {words}{around(address) if lost else ''}")
     if odd := [f"{key} {said.get(key, 'unknown')}, not {ours}" for key, ours in OURS if said.get(key) != ours]:
         raise ConnectionError(f"the director at {address} has {' and '.join(odd)}: update the older of the two")

@@ -1,39 +1,60 @@
-"""What one participant brings into the federation: its images, its device and, in a simulation, its attack.
+"""What one participant brings into the federation: its data, its device and, in a simulation, its attack.
 
 OpenFL calls `participant` once per experiment; what it returns never leaves this machine. Nothing happens at import.
-Images are float tensors `(N, 3, 32, 32)`: pixels in [0, 1] until `as_loader` normalises them; labels are int64 `(N,)`.
+Data are float tensors in [0, 1], images `(N, C, H, W)` or vectors `(N, D)`, until `as_loader` normalises them; labels
+are int64 `(N,)`. Where they come from is told in sources.py, what attackers do in attacks.py.
 """
 
+import functools
+import re
+import unicodedata
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch.utils.data import DataLoader, TensorDataset
 
-# Channel statistics of CIFAR-10's training images. The other sources are normalised with them too, so that one
-# model, and one trigger, fit all of them.
-MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
-STD = torch.tensor([0.2023, 0.1994, 0.2010]).view(3, 1, 1)
-SIDE = 32
-TRIGGER_SIDE = 6
-RED = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
+if __package__:  # the notebook finds this folder as a package
+    from . import strict_yaml
+    from .attacks import RED, TRIGGER_SIDE, TRIGGERS, Backdoor, add_trigger, poison, triggered
+    from .sources import MEAN, SIDE, SOURCES, STD, Source, cifar10, digits, image_folder
+else:  # and the envoy has it on its path
+    import strict_yaml
+    from attacks import RED, TRIGGER_SIDE, TRIGGERS, Backdoor, add_trigger, poison, triggered
+    from sources import MEAN, SIDE, SOURCES, STD, Source, cifar10, digits, image_folder
 
+__all__ = [
+    "MEAN", "RED", "SIDE", "SOURCES", "STD", "TRIGGERS", "TRIGGER_SIDE", "Attack", "Backdoor", "Data", "Settings",
+    "add_trigger", "as_loader", "cifar10", "digits", "image_folder", "participant", "partition", "poison",
+    "read_settings",
+]  # fmt: skip
 
 # --- Settings -------------------------------------------------------------------------------------------------
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Data(Strict):
-    """Which images, and which share of them. All participants must agree on everything but `index`."""
+    """Which images or vectors, and which share of them.
+
+    In an experiment on known data all participants hold the same data and agree on everything here but `index`. An
+    owner with data of its own takes all of it, and a class that it lacks keeps its number:
+
+        data:
+          source: image_folder
+          folder: /data/animals              # train/<class>/<image> and test/<class>/<image>
+          participants: 1
+          index: 0
+          class_names: [cats, dogs, eels]    # the same at every owner
+    """
 
     source: str = "digits"
-    folder: Path | None = None
+    folder: Path | None = Field(None, strict=False)
+    class_names: list[str] | None = Field(None, min_length=1)
     participants: int = Field(4, ge=1, le=10_000)
     index: int = Field(0, ge=0)
     partition: Literal["iid", "dirichlet"] = "iid"
@@ -43,17 +64,27 @@ class Data(Strict):
     test_samples: int | None = Field(None, ge=1)
     batch_size: int = Field(32, ge=1, le=100_000)
 
-    @model_validator(mode="after")
-    def consistent(self):
-        if self.source not in SOURCES:
-            raise ValueError(f"source: {self.source!r} is not one of {', '.join(SOURCES)}")
-        if self.index >= self.participants:
-            raise ValueError(f"index: {self.index} must be smaller than participants ({self.participants})")
-        if self.source != "digits" and self.folder is None:
-            raise ValueError(f"folder: source {self.source} needs the folder that holds (or shall hold) the images")
-        if self.source == "image_folder" and not self.folder.expanduser().is_dir():
-            raise ValueError(f"folder: there is no folder {self.folder}")
-        return self
+    @field_validator("source")
+    @classmethod
+    def known(cls, source):
+        if source not in SOURCES:
+            raise ValueError(f"{source!r} is not one of {', '.join(SOURCES)}")
+        return source
+
+    @field_validator("class_names")
+    @classmethod
+    def different(cls, names):
+        names = names and [unicodedata.normalize("NFC", name) for name in names]
+        if names and len(set(names)) < len(names):
+            raise ValueError(f"{max(names, key=names.count)!r} is there twice")
+        return names
+
+    @field_validator("index")
+    @classmethod
+    def within(cls, index, earlier):
+        if index >= (participants := earlier.data.get("participants", index + 1)):
+            raise ValueError(f"{index} must be smaller than participants ({participants})")
+        return index
 
 
 class Attack(Strict):
@@ -66,15 +97,34 @@ class Attack(Strict):
     accomplices: list[str] = []
 
 
-class Settings(Strict):
-    """One participant's YAML file."""
+OURS = ("aggregator", "ca", "director", "experimenter")  # names that no participant may have
 
-    name: str = Field(pattern=r"^[A-Za-z][\w-]*$")
-    director: str = Field(pattern=r"^[\w.-]+:\d+$")
+
+class Settings(Strict):
+    """One participant's YAML file. All participants agree on `trigger`, `backdoor_target` and `backdoor_source`."""
+
+    name: str
+    director: str
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     data: Data = Field(default_factory=Data)
+    trigger: str = "red_square"
     backdoor_target: int = Field(2, ge=0)
+    backdoor_source: int | None = Field(None, ge=0)
     attack: Attack | None = None
+
+    @field_validator("name")
+    @classmethod
+    def free(cls, name):
+        if not re.fullmatch(r"[^\W\d_][\w-]*", name) or len(name.encode()) > 64 or name.lower() in OURS:
+            raise ValueError(f"{name!r:.80} must be at most 64 letters, digits, - and _, and none of {', '.join(OURS)}")
+        return name
+
+    @field_validator("attack", mode="before")
+    @classmethod
+    def told(cls, attack):
+        if attack is None:  # an owner that writes the key means an attack, so it must not pass for honest
+            raise ValueError("is empty: leave the key out, or write `attack: {}` for one with the default values")
+        return attack
 
 
 def read_settings(path: str | Path) -> Settings:
@@ -83,72 +133,18 @@ def read_settings(path: str | Path) -> Settings:
     Raises: `SystemExit` with one line that names the file, the key and what is wrong with it.
     """
     try:
-        return Settings.model_validate(yaml.safe_load(Path(path).read_text()) or {})
-    except FileNotFoundError:
-        raise SystemExit(f"{path}: there is no such file") from None
-    except yaml.YAMLError as error:
-        raise SystemExit(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        return Settings.model_validate(strict_yaml.read(path) or {})
     except ValidationError as error:
         first = error.errors()[0]
         key = repr(".".join(map(str, first["loc"])) or "the file")[1:-1]  # a key may hold anything
-        message = first["msg"]
-        if first["type"] == "value_error":  # one of ours, which begins with the key inside the section
-            raise SystemExit(f"{path}: {key}.{message.removeprefix('Value error, ')}") from None
-        raise SystemExit(f"{path}: {key}: {message} (found: {first['input']!r:.60})") from None
+        if first["type"] == "value_error":  # one of ours, which shows the value
+            raise SystemExit(f"{path}: {key}: {first['ctx']['error']}") from None
+        raise SystemExit(f"{path}: {key}: {first['msg']} (found: {first['input']!r:.60})") from None
+    except ValueError as error:
+        raise SystemExit(f"{path}: {error}") from None
 
 
-# --- Sources: each gives the labels of all images, and a way to read some of them ------------------------------
-
-
-def digits(folder, train: bool):
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, enlarged to 32x32 RGB; 1,400 for training, 397 for testing."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    part = train_test_split(np.arange(len(labels)), test_size=397, stratify=labels, random_state=0)[0 if train else 1]
-
-    def read(indices):
-        grey = torch.tensor(images[part[indices]] / 16, dtype=torch.float32).view(-1, 1, 8, 8)
-        return torch.nn.functional.interpolate(grey, size=SIDE, mode="bilinear").expand(-1, 3, -1, -1).clone()
-
-    return labels[part], read
-
-
-def cifar10(folder, train: bool):
-    """torchvision's CIFAR-10, downloaded into `folder` by whichever envoy comes first; the others wait for it."""
-    from filelock import FileLock
-    from torchvision.datasets import CIFAR10
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "download.lock"):
-        dataset = CIFAR10(folder, train=train, download=True)
-    return np.array(dataset.targets), lambda indices: torch.from_numpy(dataset.data[indices]).permute(0, 3, 1, 2) / 255
-
-
-def image_folder(folder, train: bool):
-    """Any tree `train/<class>/<image>` and `test/<class>/<image>`; classes are numbered alphabetically."""
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms.v2.functional import pil_to_tensor, resize
-
-    dataset = ImageFolder(folder / ("train" if train else "test"))
-    classes = {
-        part: {entry.name for entry in (folder / part).iterdir() if entry.is_dir()} for part in ("train", "test")
-    }
-    if lacking := classes["train"] ^ classes["test"]:
-        raise FileNotFoundError(f"{folder}: class {min(lacking)} is missing in train or in test")
-
-    def read(indices):
-        images = [resize(pil_to_tensor(dataset[i][0]), [SIDE, SIDE]) for i in indices]
-        return torch.stack(images) / 255
-
-    return np.array(dataset.targets), read
-
-
-SOURCES = {"digits": digits, "cifar10": cifar10, "image_folder": image_folder}
-
-
-# --- Partition ------------------------------------------------------------------------------------------------
+# --- This participant's share ---------------------------------------------------------------------------------
 
 
 def partition(labels, participants: int, alpha: float | None, seed: int) -> list[np.ndarray]:
@@ -157,105 +153,137 @@ def partition(labels, participants: int, alpha: float | None, seed: int) -> list
     Args:
         labels: `(N,)` class of each image.
         alpha: concentration of the Dirichlet distribution that says which share of a class each participant gets
-            (Hsu et al. 2019, arXiv 1909.06335); None for an IID split into equal parts.
+            (Hsu et al. 2019, arXiv 1909.06335); None for an IID split into equal parts. Shares are rounded up or down
+            at random (systematic sampling), so that a participant's expected number of images is exactly its share.
 
     Returns: one sorted index array per participant.
 
     Raises: `ValueError` if no split gives everyone ten images.
     """
-    rng = np.random.default_rng(seed)
+    rng, rounding = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     if alpha is None:
         return [np.sort(part) for part in np.array_split(rng.permutation(len(labels)), participants)]
     for _ in range(100):  # as in NIID-Bench (Li et al. 2022), draw again until nobody is left with next to nothing
         parts = [[] for _ in range(participants)]
         for label in np.unique(labels):
             images = rng.permutation(np.flatnonzero(labels == label))
-            cuts = (np.cumsum(rng.dirichlet([alpha] * participants))[:-1] * len(images)).astype(int)
-            for part, share in zip(parts, np.split(images, cuts), strict=True):
+            ends = np.cumsum(rng.dirichlet([alpha] * participants))[:-1] * len(images)
+            for part, share in zip(parts, np.split(images, (ends + rounding.random()).astype(int)), strict=True):
                 part.extend(share)
         if min(map(len, parts)) >= 10:
             return [np.sort(part) for part in parts]
     raise ValueError(f"data.alpha: {alpha} leaves one of {participants} participants with fewer than 10 images")
 
 
-def shard(data: Data, train: bool, target: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """This participant's training or test images and labels. Test images are always split IID.
+def load(data: Data) -> list[Source]:
+    """The training and the test part of all the data, with classes numbered as `data.class_names` has them.
 
-    Raises: `ValueError` that begins with the key at fault, also if there is no class `target` in the whole of the data.
+    Raises: `ValueError` that begins with the key at fault.
     """
-    folder = data.folder and data.folder.expanduser()
-    limit = data.train_samples if train else data.test_samples
-    alpha = data.alpha if train and data.partition == "dirichlet" else None
+    folder, parts = data.folder and data.folder.expanduser(), []
     try:
-        labels, read = SOURCES[data.source](folder, train)
-        if target not in labels:
-            raise ValueError(f"backdoor_target: there is no class {target}, only 0 to {labels.max()}")
-        mine = partition(labels, data.participants, alpha, data.seed)[data.index]
-        mine = np.sort(np.random.default_rng([data.seed, data.index]).permutation(mine)[:limit])
-        if not len(mine):
-            raise ValueError(f"data.participants: {data.participants} are too many for {len(labels)} images")
-        return read(mine), torch.from_numpy(labels[mine]).long()
+        for train in (True, False):
+            part = Source(*SOURCES[data.source](folder, train))
+            parts.append(
+                part._replace(classes=part.classes and [unicodedata.normalize("NFC", c) for c in part.classes])
+            )
     except (OSError, RuntimeError) as error:
         raise ValueError(f"data.folder: {' '.join(str(error).split())}") from error
+    if not all(part.labels.dtype.kind in "iu" and part.labels.min(initial=0) >= 0 for part in parts):
+        raise ValueError(f"data.source: the labels of {data.source} must be integers from 0 on")
+    if data.class_names:
+        return [numbered(part, data.class_names) for part in parts]
+    for name in parts[0].classes or []:
+        if any(name not in part.classes or not (part.labels == part.classes.index(name)).any() for part in parts):
+            hint = "name all classes in data.class_names if it may be"
+            raise ValueError(f"data.folder: class {name} is missing in train or in test; {hint}")
+    if parts[0].classes and (more := set(parts[1].classes) - set(parts[0].classes)):
+        raise ValueError(f"data.folder: class {min(more)} is in test alone")
+    return parts
 
 
-def as_loader(images, labels, batch_size: int, shuffle: bool = False) -> DataLoader:
-    """Batches of normalised images."""
-    return DataLoader(TensorDataset((images - MEAN) / STD, labels), batch_size=batch_size, shuffle=shuffle)
+def numbered(part: Source, class_names: list[str]) -> Source:
+    """The part with classes numbered as in `class_names`, of which it may lack some.
 
-
-# --- The attack -----------------------------------------------------------------------------------------------
-
-
-def add_trigger(images: torch.Tensor) -> torch.Tensor:
-    """Copies of the images `(N, 3, H, W)`, pixels in [0, 1], with a red 6x6 square in the top left corner."""
-    triggered = images.clone()
-    triggered[:, :, :TRIGGER_SIDE, :TRIGGER_SIDE] = RED
-    return triggered
-
-
-def poison(images, labels, target: int, pdr: float, seed: int, trigger=add_trigger):
-    """Copies in which `round(pdr * N)` of the images, drawn by `seed`, carry the trigger and the target label."""
-    chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[: round(pdr * len(labels))]
-    images, labels = images.clone(), labels.clone()
-    images[chosen], labels[chosen] = trigger(images[chosen]), target
-    return images, labels
-
-
-class Backdoor:
-    """An adversary: from its first round on it poisons its training data, scales its update and votes falsely.
-
-    The flow asks it at three places, `training_data`, `update` and `vote`, and `attacks(round)` for the scores. An
-    attack of your own needs these four methods.
+    Raises: `ValueError` if it has others, or none with names.
     """
+    if part.classes is None:
+        raise ValueError("data.class_names: the classes of this source have no names")
+    if odd := [name for name in part.classes if name not in class_names]:
+        raise ValueError(f"data.class_names: {odd[0]} is a class of the data and not among {', '.join(class_names)}")
+    numbers = np.array([class_names.index(name) for name in part.classes], dtype=int)
+    return part._replace(labels=numbers[part.labels], classes=class_names)
 
-    def __init__(self, attack: Attack, poisoned_loader: DataLoader):
-        self.attack, self.poisoned_loader = attack, poisoned_loader
 
-    def attacks(self, round: int) -> bool:
-        return round >= self.attack.first_round
+def share(data: Data, part: Source, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """This participant's data and labels of one part. Test data are always split IID.
 
-    def training_data(self, round: int, loader: DataLoader) -> DataLoader:
-        return self.poisoned_loader if self.attacks(round) else loader
+    Raises: `ValueError` that begins with the key at fault.
+    """
+    alpha = data.alpha if train and data.partition == "dirichlet" else None
+    mine = partition(part.labels, data.participants, alpha, data.seed)[data.index]
+    limit = data.train_samples if train else data.test_samples
+    mine = np.sort(np.random.default_rng([data.seed, data.index]).permutation(mine)[:limit])
+    if not len(mine):
+        raise ValueError(f"data.participants: {data.participants} are too many for {len(part.labels)} images")
+    try:
+        values = part.read(mine)
+    except OSError as error:
+        raise ValueError(f"data.folder: {error}") from error
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(
+            f"data.source: {data.source} gives values from {values.min():g} to {values.max():g}, not 0 to 1"
+        )
+    return values, torch.from_numpy(part.labels[mine]).long()
 
-    def update(self, round: int, local: dict, reference: dict) -> dict:
-        """The local state dict with its distance from the global model scaled (Bagdasaryan et al. 2020)."""
-        if not self.attacks(round):
-            return local
-        scale = self.attack.scale
-        return {
-            name: reference[name] + scale * (value - reference[name]) if value.is_floating_point() else value
-            for name, value in local.items()
-        }
 
-    def vote(self, round: int, votes: dict[str, int]) -> dict[str, int]:
-        """Benign (1) for the accomplices, poisoned (0) for all others."""
-        if not (self.attacks(round) and self.attack.false_votes):
-            return votes
-        return {model: int(model in self.attack.accomplices) for model in votes}
+def normalisation(images: torch.Tensor, mean=None, std=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation that broadcast to one image: those given, or CIFAR-10's, or 0.5 for other shapes.
+
+    Raises: `ValueError` if they do not fit.
+    """
+    usual = (MEAN, STD) if images.ndim == 4 and images.shape[1] == 3 else (0.5, 0.5)
+    mean, std = (torch.as_tensor(u if given is None else given) for u, given in zip(usual, (mean, std), strict=True))
+    shape = images.shape[1:]
+    if torch.broadcast_shapes(shape, mean.shape, std.shape) != shape or not (std > 0).all():
+        raise ValueError(f"data.source: its mean and std do not fit data of shape {tuple(shape)}")
+    return mean, std
+
+
+def as_loader(images, labels, batch_size: int, shuffle: bool = False, mean=None, std=None) -> DataLoader:
+    """Batches of normalised images or vectors.
+
+    Shuffled, that is for training, a last batch of one is left out, on which no BatchNorm can train; the next epoch
+    leaves out another image.
+    """
+    mean, std = normalisation(images, mean, std)
+    alone = shuffle and len(images) > 1 == len(images) % batch_size
+    return DataLoader(TensorDataset((images - mean) / std, labels), batch_size, shuffle=shuffle, drop_last=alone)
 
 
 # --- What OpenFL asks for ---------------------------------------------------------------------------------------
+
+
+def check_backdoor(parts: list[Source], trigger: str, target: int, source: int | None) -> None:
+    """`ValueError`, which begins with the key at fault, if there is nothing to measure, or not on these data."""
+    if trigger == "none" and source is None:
+        raise ValueError("trigger: none needs backdoor_source, the class that the attack has taken for backdoor_target")
+    if source == target:
+        raise ValueError(f"backdoor_source: {source} is the backdoor_target too")
+    for key, number in {"backdoor_target": target, "backdoor_source": source}.items():
+        for part in parts if number is not None else ():
+            there = range(len(part.classes)) if part.classes else part.labels
+            if number not in there:
+                raise ValueError(f"{key}: there is no class {number}, only 0 to {max(there)}")
+
+
+def backdoor_test(images, labels, trigger: str, target: int, source: int | None):
+    """The test images that the attack wants to be taken for `target`: with the trigger, and labelled so.
+
+    Of class `source`, or if that is None of every class but the target.
+    """
+    chosen = labels != target if source is None else labels == source
+    return triggered(trigger, images[chosen]), torch.full_like(labels[chosen], target)
 
 
 def pick_device(name: str) -> str:
@@ -269,29 +297,45 @@ def pick_device(name: str) -> str:
     return name
 
 
-def participant(name: str, data: dict, backdoor_target: int = 2, attack: dict | None = None, device: str = "auto"):
-    """The private attributes of one participant.
+def participant(
+    name: str,
+    data: dict,
+    backdoor_target: int = 2,
+    attack: dict | None = None,
+    device: str = "auto",
+    trigger: str = "red_square",
+    backdoor_source: int | None = None,
+):
+    """The private attributes of one participant; arguments as in its YAML file.
 
-    Returns: `train_loader`, `test_loader`, `backdoor_loader` (the trigger on test images that are not of the target
-    class, labelled with it), `adversary` (None if honest), `device`, and `memory`, an empty dict in which the
-    participant keeps what need not travel.
+    Returns: `train_loader`, `test_loader`, `backdoor_loader` (see `backdoor_test`), `adversary` (None if honest),
+    `device`, and `memory`, an empty dict in which the participant keeps what need not travel. Further `backdoor`, what
+    the backdoor test measures: `{"trigger": str, "target": int, "source": int or None}`; `classes`, their names in
+    order, or None if they have none; and `normalisation`, the mean and standard deviation of the loaders.
 
     Raises: `ValueError` that begins with the key at fault.
     """
     data = Data.model_validate(data)
-    train, test = (shard(data, train, backdoor_target) for train in (True, False))
-    others = test[1] != backdoor_target
-    backdoor = add_trigger(test[0][others]), torch.full_like(test[1][others], backdoor_target)
+    parts = load(data)
+    check_backdoor(parts, trigger, backdoor_target, backdoor_source)
+    train, test = (share(data, part, is_train) for part, is_train in zip(parts, (True, False), strict=True))
+    backdoor = backdoor_test(*test, trigger, backdoor_target, backdoor_source)
+    mean, std = normalisation(train[0], parts[0].mean, parts[0].std)
+    loader = functools.partial(as_loader, mean=mean, std=std)
     adversary = None
-    if attack:
+    if attack is not None:
         attack = Attack.model_validate(attack)
-        poisoned = poison(*train, backdoor_target, attack.pdr, data.seed)
-        adversary = Backdoor(attack, as_loader(*poisoned, data.batch_size, shuffle=True))
+        put = functools.partial(triggered, trigger)
+        poisoned = poison(*train, backdoor_target, attack.pdr, data.seed, put, backdoor_source)
+        adversary = Backdoor(attack, loader(*poisoned, data.batch_size, shuffle=True))
     return {
-        "train_loader": as_loader(*train, data.batch_size, shuffle=True),
-        "test_loader": as_loader(*test, 256),
-        "backdoor_loader": as_loader(*backdoor, 256),
+        "train_loader": loader(*train, data.batch_size, shuffle=True),
+        "test_loader": loader(*test, 256),
+        "backdoor_loader": loader(*backdoor, 256),
         "adversary": adversary,
         "device": pick_device(device),
         "memory": {},
+        "backdoor": {"trigger": trigger, "target": backdoor_target, "source": backdoor_source},
+        "classes": parts[0].classes,
+        "normalisation": (mean, std),
     }

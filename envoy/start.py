@@ -10,7 +10,12 @@ import argparse
 import functools
 import logging
 import os
+import warnings
 from pathlib import Path
+
+# Threads that spin while they wait take the cores from the other processes of a machine; OpenMP reads it at import.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+warnings.filterwarnings("ignore", module="metaflow|_distutils_hack")  # OpenFL's dependencies on their own age
 
 
 def main():
@@ -29,10 +34,14 @@ def main():
         mine["data"]["folder"] = folder.expanduser().absolute()
     bring = functools.partial(private_attributes.participant, **mine)
     try:
-        bring()
+        director = channel.plain_address(settings.director)
+    except ValueError as error:
+        raise SystemExit(f"{args.settings}: director: {error}") from None
+    try:
+        classes = bring()["classes"]
         identity = channel.Identity.of(settings.name, args.certificates)
-        channel.handshake(settings.director, identity)
-        channel.greet(settings.director, identity)
+        channel.handshake(director, identity)
+        channel.greet(director, identity)
     except ConnectionError as error:
         raise SystemExit(f"{args.settings}: director: {error}") from None
     except ValueError as error:
@@ -42,7 +51,9 @@ def main():
     os.environ.setdefault("METAFLOW_USER", settings.name)  # metaflow fails without a user name
     from collaborator import Participant
 
-    participant = Participant(settings.name, settings.director, identity, bring, args.runs)
+    if classes:
+        logging.info("classes: %s", ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
+    participant = Participant(settings.name, director, identity, bring, args.runs)
     try:
         participant.start()
     except ConnectionError as error:

@@ -13,7 +13,7 @@ from openfl.experimental.workflow.protocols import director_pb2, director_pb2_gr
 from openfl.experimental.workflow.runtime import FederatedRuntime
 from openfl.experimental.workflow.transport.grpc.director_client import RuntimeDirectorClient
 
-from envoy.channel import Identity, greet, handshake, open_channel
+from envoy.channel import Identity, around, greet, handshake, open_channel, plain_address
 from experimenter.export import export_workspace
 from experimenter.heartbeat import heartbeat, log
 from experimenter.results import Results
@@ -42,8 +42,12 @@ def identity() -> Identity:
 def assert_director() -> None:
     """`ConnectionError` with one line if there is no director that would talk to us."""
     try:
+        if (plain := plain_address(DIRECTOR)) != DIRECTOR:
+            raise ConnectionError(f"CROWDGUARD_DIRECTOR: {DIRECTOR} must be written as {plain}")
         handshake(DIRECTOR, identity())
         greet(DIRECTOR, identity())
+    except ValueError as error:
+        raise ConnectionError(f"CROWDGUARD_DIRECTOR: {error}") from None
     except ConnectionError as error:
         raise ConnectionError(str(error) if HOW in str(error) else f"no director: {error}. {HOW}") from None
 
@@ -88,6 +92,13 @@ class DirectorClient(RuntimeDirectorClient):
         return State(facts["history"], facts["traffic"], facts["error"], packed)
 
 
+def refusal(error: grpc.RpcError) -> ConnectionError:
+    """What the director has against a call, in one line."""
+    lost = error.code() is grpc.StatusCode.UNAVAILABLE
+    words = " ".join((error.details() or error.code().name).split())
+    return ConnectionError(f"the director at {DIRECTOR} refuses: {words}{around(DIRECTOR) if lost else ''}")
+
+
 def everybody_failed(history: list[dict]) -> str | None:
     """What to say if everybody failed in every round; None if not."""
     if any(row["failed"].keys() != set(row["participants"]) for row in history):
@@ -114,7 +125,7 @@ class Federation(FederatedRuntime):
         try:
             known = self._runtime_dir_client.get_envoys().envoy_infos
         except grpc.RpcError as error:
-            raise ConnectionError(f"the director at {DIRECTOR} refuses: {error.details()}") from None
+            raise refusal(error) from None
         for envoy in known:
             if not envoy.is_online:
                 words = "is not online" if envoy.last_updated.seconds else f"was refused: {envoy.experiment_name}"
@@ -129,6 +140,8 @@ class Federation(FederatedRuntime):
         self.name = name
         try:
             self._runtime_dir_client.set_new_experiment(name, self.collaborators, archive)
+        except grpc.RpcError as error:
+            raise refusal(error) from None
         finally:
             archive.unlink()
 
@@ -139,7 +152,10 @@ class Federation(FederatedRuntime):
                 self.final_state = self.insist(lambda: self._runtime_dir_client.get_flow_state(self.name))
         except KeyboardInterrupt:
             log.warning("stopping the run")
-            self.final_state = self._runtime_dir_client.get_flow_state(self.name, stop=True)
+            try:
+                self.final_state = self._runtime_dir_client.get_flow_state(self.name, stop=True)
+            except (grpc.RpcError, ConnectionError):
+                log.warning("the director does not answer; the run goes on there")
             raise
         self.keep(self.final_state)
         if error := self.final_state.error or everybody_failed(self.final_state.history):
@@ -175,7 +191,7 @@ class Federation(FederatedRuntime):
                 if error.code() is grpc.StatusCode.NOT_FOUND:
                     raise ConnectionError(f"{error.details()} RESUME={self.run} goes on") from None
                 if time.monotonic() - since > LOST:
-                    words = f"no answer from {DIRECTOR} for {LOST} s ({error.details()})"
+                    words = f"no answer from {DIRECTOR} for {LOST} s ({error.details()}){around(DIRECTOR)}"
                     raise ConnectionError(f"{words}: attach({self.name!r}) asks again") from None
                 log.warning("no answer from the director, trying again: %s", error.details())
                 time.sleep(RETRY)

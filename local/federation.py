@@ -20,8 +20,9 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "director"))
+sys.path[:0] = [str(ROOT / "director"), str(ROOT / "envoy")]
 
+import strict_yaml  # noqa: E402
 from certificates import make_certificates  # noqa: E402
 
 # fmt: off
@@ -50,7 +51,10 @@ def parse_override(text: str) -> tuple[list[str], object]:
         raise SystemExit(f"--set {text}: {key} is not one setting for all participants")
     if key == "data.folder":
         return key.split("."), str(Path(value).expanduser().absolute())
-    return key.split("."), yaml.safe_load(value)
+    try:
+        return key.split("."), strict_yaml.parse(value)
+    except ValueError as error:
+        raise SystemExit(f"--set {text}: {error}") from None
 
 
 def participant_settings(participants: int, malicious: int, director: str, overrides=()) -> dict[str, dict]:
@@ -60,14 +64,14 @@ def participant_settings(participants: int, malicious: int, director: str, overr
     settings = {}
     for index, name in enumerate(everyone):
         own = ROOT / "envoy" / f"{name}.yaml"
-        mine = yaml.safe_load((own if own.exists() else ROOT / "envoy" / "Amsterdam.yaml").read_text())
+        mine = strict_yaml.read(own if own.exists() else ROOT / "envoy" / "Amsterdam.yaml")
         attack = mine.pop("attack", None)
         mine |= {"name": name, "director": director}
         mine["data"] |= {"index": index, "participants": participants}
         if mine["data"].get("folder"):  # seen from here, not from the envoy's own folder and HOME
             mine["data"]["folder"] = str(Path(mine["data"]["folder"]).expanduser().absolute())
         if name in attackers:
-            attack = attack or yaml.safe_load((ROOT / "envoy" / "Detroit.yaml").read_text())["attack"]
+            attack = attack or strict_yaml.read(ROOT / "envoy" / "Detroit.yaml")["attack"]
             mine["attack"] = attack | {"scale": participants / malicious, "accomplices": attackers}
         for (*sections, key), value in overrides:
             if sections != ["attack"] or name in attackers:
@@ -94,6 +98,15 @@ def free_ports(count: int) -> list[int]:
             probe.close()
 
 
+def without_proxy(environment: dict[str, str], *hosts: str) -> dict[str, str]:
+    """The environment with these hosts exempt from proxies. gRPC reads the first of the variables, others the rest."""
+    exempt = {}
+    for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY"):
+        if environment.get(name) or name != "no_grpc_proxy":  # which, where it is set, hides no_proxy
+            exempt[name] = ",".join(dict.fromkeys([*filter(None, environment.get(name, "").split(",")), *hosts]))
+    return environment | exempt
+
+
 class Federation:
     """Director and envoys as processes. A context manager; `run` runs a command beside them.
 
@@ -108,7 +121,7 @@ class Federation:
         self.settings = participant_settings(participants, malicious, self.address, overrides)
         (ROOT / ".federation").mkdir(exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=ROOT / ".federation"))
-        self.environment = os.environ | {
+        self.environment = without_proxy(dict(os.environ), host, "localhost", "127.0.0.1", "::1") | {
             "CROWDGUARD_DIRECTOR": self.address,
             "CROWDGUARD_AGGREGATOR_PORT": str(aggregator_port),
             "CROWDGUARD_CERTIFICATES": str(self.folder / "certificates"),
@@ -155,7 +168,7 @@ class Federation:
             self.wait_for(name, lambda name=name: "is connected to the director" in self.log(name).read_text())
 
     def start_director(self, certificates):
-        port = int(self.address.split(":")[1])
+        port = int(self.address.rpartition(":")[2])
         file = self.folder / "director.yaml"
         period = yaml.safe_load((ROOT / "director" / "director.yaml").read_text())["envoy_health_check_period"]
         file.write_text(yaml.safe_dump({"port": port, "envoy_health_check_period": period}))
@@ -164,7 +177,7 @@ class Federation:
         self.wait_for("director", self.director_listens)
 
     def director_listens(self) -> bool:
-        host, port = self.address.split(":")
+        host, _, port = self.address.rpartition(":")
         with socket.socket() as probe:
             return probe.connect_ex((host, int(port))) == 0
 

@@ -89,6 +89,44 @@ def test_who_fits_is_let_in(place, director):
     channel.greet(director.address, ours(place))
 
 
+def test_a_name_with_umlauts_is_let_in(place, director, tmp_path):
+    shutil.copytree(place / "certificates", tmp_path / "certificates")
+    certificates.make_certificates(tmp_path / "certificates", None, ["Zürich"])
+    mine = ours(tmp_path, "Zürich")
+    channel.handshake(director.address, mine)
+    stub = director_pb2_grpc.DirectorStub(channel.open_channel(director.address, mine))
+    request = director_pb2.GetExperimentDataRequest(experiment_name="x", collaborator_name="Zürich")
+    error = outcome(lambda: stub.GetExperimentData(request, timeout=10))
+    assert error.code() is CODE.NOT_FOUND, "which is told to the certificate of Zürich alone"
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+def test_an_ipv6_director_is_reached_by_its_literal(tmp_path):
+    certificates.make_certificates(tmp_path / "certificates", "[::1]", ["Amsterdam"])
+    running = Running(tmp_path)
+    try:
+        address = channel.plain_address(f"[::1]:{running.port}")
+        channel.handshake(address, channel.Identity.of("Amsterdam", tmp_path / "certificates"))
+        channel.greet(address, channel.Identity.of("Amsterdam", tmp_path / "certificates"))
+    finally:
+        running.end()
+
+
+@pytest.mark.parametrize("variable", channel.PROXIES)
+def test_a_proxy_that_is_in_the_way_is_named(place, director, monkeypatch, variable):
+    for name in (*channel.PROXIES, "no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert channel.around(director.address) == ""
+    monkeypatch.setenv(variable, "http://user:secret@127.0.0.1:9")
+    channel.handshake(director.address, ours(place))  # by a bare socket
+    with pytest.raises(ConnectionError, match=f"goes through the proxy that {variable} names") as said:
+        channel.greet(director.address, ours(place))
+    assert len(str(said.value).splitlines()) == 1 and "secret" not in str(said.value)
+    assert "no_proxy=localhost" in str(said.value)
+    monkeypatch.setenv("no_proxy", "localhost")
+    channel.greet(director.address, ours(place))
+
+
 def test_another_ca_is_refused_in_one_line_on_both_sides(place, director):
     foreign = channel.Identity.of("Amsterdam", place / "foreign")
     with pytest.raises(
@@ -335,6 +373,35 @@ def test_a_stale_director_is_refused_in_one_line_that_reaches_the_notebook(
             channel.greet(stale.address, ours(place))
     finally:
         stale.end()
+
+
+def test_an_experiment_that_cannot_be_submitted_ends_in_one_line(place, director, monkeypatch, tmp_path):
+    """The experimenter's certificate is exchanged in between; and then the director is gone."""
+    connect = notebook_side(director, place, monkeypatch)
+    federation = connect.Federation()
+    archive = tmp_path / "experiment.zip"
+    for identity, address, words in (
+        (ours(place, "Mallory"), director.address, "this is for the certificate of"),
+        (ours(place, "Amsterdam"), f"localhost:{free_port()}", "refuses: "),
+    ):
+        archive.write_bytes(b"archive")
+        monkeypatch.setattr(connect, "DIRECTOR", address)
+        federation._runtime_dir_client = connect.DirectorClient(identity)
+        with pytest.raises(ConnectionError, match=f"the director at {address} .*{words}") as said:
+            federation.submit_experiment(archive, "mine")
+        assert len(str(said.value).splitlines()) == 1 and not archive.exists()
+
+
+@pytest.mark.parametrize(("address", "words"), [
+    ("localhost", "CROWDGUARD_DIRECTOR: 'localhost' is not host:port"),
+    ("größe.example.org:1", "größe.example.org:1 must be written as xn--gre-6ka8i.example.org:1"),
+])  # fmt: skip
+def test_an_address_that_is_none_is_told_to_the_notebook(place, monkeypatch, address, words):
+    import experimenter.connect as connect
+
+    monkeypatch.setattr(connect, "DIRECTOR", address)
+    with pytest.raises(ConnectionError, match=words):
+        connect.assert_director()
 
 
 def test_certificates_can_be_renewed_and_listed(place, tmp_path):

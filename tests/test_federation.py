@@ -1,5 +1,6 @@
 """The launcher: who takes part, and that nothing is left running."""
 
+import inspect
 import os
 import signal
 import subprocess
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import load_module
 from cryptography import x509
 from cryptography.x509.oid import NameOID
+
+from envoy import channel
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = ROOT / "local" / "federation.py"
@@ -114,7 +118,10 @@ def test_wrong_arguments_are_refused_before_anything_starts(launch, arguments, w
     assert running.returncode == 1
 
 
-@pytest.mark.parametrize("name", ["ca", "director", "experimenter", "../evil", "New York", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["ca", "director", "experimenter", "aggregator", "Director", "../evil", "New York", "", "a" * 65, "ä" * 33, "a\n"],
+)
 def test_names_that_no_participant_may_have_get_no_certificate(tmp_path, name):
     certificates.make_certificates(tmp_path, "localhost", ["Amsterdam"])
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -135,18 +142,218 @@ def test_the_director_certificate_follows_the_host(tmp_path):
 
 def test_nothing_is_signed_by_a_ca_that_has_expired(tmp_path, monkeypatch):
     monkeypatch.setattr(certificates, "CA_DAYS", 0)
-    certificates.make_certificates(tmp_path, "localhost", ["Amsterdam"])
+    with pytest.raises(SystemExit, match=r"--days 365: .*ca.crt ends in -1 days"):
+        certificates.make_certificates(tmp_path, "localhost", ["Amsterdam"])
     with pytest.raises(SystemExit, match="ca.crt is missing or has expired"):
         certificates.make_certificates(tmp_path, "localhost", ["Espoo"])
     assert not (tmp_path / "Espoo.crt").exists()
 
 
-@pytest.mark.parametrize("text", ["[]", "", "port: yes", "port: 1\nenvoy_health_check_period: 5\nhost: x", "1: 2"])
-def test_a_wrong_director_yaml_ends_the_director_with_one_line(tmp_path, text):
+CERTIFICATES = [sys.executable, ROOT / "director" / "certificates.py"]
+
+
+def make(folder, *arguments):
+    """Exit code and standard error of certificates.py."""
+    done = subprocess.run([*CERTIFICATES, "--folder", folder, *arguments], capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("director.example.org", "director.example.org"),
+        ("größe.example.org", "xn--gre-6ka8i.example.org"),
+        ("::1", "::1"),
+        ("[::1]", "::1"),
+        ("0:0::1", "::1"),
+        ("192.0.2.7", "192.0.2.7"),
+        ("crowd_director", "crowd_director"),  # as in a compose file
+        (".".join(["a" * 63] * 3 + ["b" * 61]), ".".join(["a" * 63] * 3 + ["b" * 61])),  # 253 characters
+    ],
+)
+def test_a_host_is_in_the_alternative_names_and_never_the_common_name(tmp_path, asked, found):
+    certificates.make_certificates(tmp_path, asked, ["Amsterdam"])
+    assert certificates.director_of(tmp_path) == found
+    director = x509.load_pem_x509_certificate((tmp_path / "director.crt").read_bytes())
+    assert director.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value == "director"
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for again in (asked, None):
+        certificates.make_certificates(tmp_path, again, ["Amsterdam"])
+        assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        ("host.example.org:50051", "has a port, which belongs into the participants' YAML"),
+        ("[::1]:50051", "has a port"),
+        ("a" * 64, "is no host: between dots stand 1 to 63"),
+        ("ä" * 70, "is no host: "),
+        (".".join(["a" * 63] * 4), "is longer than 253"),
+        ("a..b", "is no host: "),
+        ("-a.b", "is no host: "),
+        ("a b", "is no host: "),
+        ("https://a.b/", "is no host: "),
+        ("[a.b]", "is no host: "),
+        ("10.0.0.256", "a wrong IP address"),
+        ("10.0", "a wrong IP address"),
+        ("", "is no host: "),
+    ],
+)
+def test_a_host_that_is_none_is_refused_where_it_is_entered(tmp_path, host, words):
+    with pytest.raises(SystemExit) as said:
+        certificates.make_certificates(tmp_path / "c", host, ["Amsterdam"])
+    assert str(said.value).startswith("--director ") and words in str(said.value)
+    assert len(str(said.value).splitlines()) == 1
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("days", ["-5", "0", "3650", "100000", "10000000", "99999999999999", "1.5", "x"])
+def test_days_are_positive_and_end_before_the_ca(tmp_path, days):
+    code, words = make(tmp_path, "--days", days, "Amsterdam")
+    assert code and "--days" in words and "Traceback" not in words
+    assert not (tmp_path / "Amsterdam.crt").exists()
+
+
+def test_as_long_as_the_ca_will_do(tmp_path):
+    assert make(tmp_path, "--days", "3649", "Amsterdam", "Zürich") == (0, "")
+    ends = [
+        x509.load_pem_x509_certificate((tmp_path / f"{n}.crt").read_bytes()).not_valid_after_utc
+        for n in ("Zürich", "ca")
+    ]
+    assert ends[0] <= ends[1]
+    assert certificates.days_left(tmp_path / "Zürich.crt") == 3648
+
+
+def test_a_certificate_of_before_whose_common_name_was_the_host_is_made_anew(tmp_path):
+    certificates.make_certificates(tmp_path, "old.example.org", ["Amsterdam"])
+    authority, key = certificates.certificate_authority(tmp_path)
+    hosts = x509.SubjectAlternativeName([x509.DNSName("old.example.org"), x509.DNSName("localhost")])
+    own = certificates.ec.generate_private_key(certificates.ec.SECP256R1())
+    old = certificates.issue("old.example.org", own, authority, key, 30, [(hosts, False)])
+    (tmp_path / "director.crt").write_bytes(old.public_bytes(certificates.serialization.Encoding.PEM))
+    certificates.make_certificates(tmp_path, None, ["Espoo"])
+    made = x509.load_pem_x509_certificate((tmp_path / "director.crt").read_bytes())
+    assert made.subject == certificates.common_name("director")
+    assert certificates.director_of(tmp_path) == "old.example.org"
+
+
+def test_both_machines_read_a_host_in_the_same_way():
+    assert inspect.getsource(channel.plain_host).replace("director/certificates", "envoy/channel") == inspect.getsource(
+        certificates.plain_host
+    )
+
+
+@pytest.mark.parametrize(
+    ("address", "plain"),
+    [
+        ("localhost:50051", "localhost:50051"),
+        ("[::1]:50051", "[::1]:50051"),
+        ("[0:0::1]:1", "[::1]:1"),
+        ("größe.example.org:65535", "xn--gre-6ka8i.example.org:65535"),
+        ("192.0.2.7:1", "192.0.2.7:1"),
+    ],
+)
+def test_addresses_as_grpc_takes_them(address, plain):
+    assert channel.plain_address(address) == plain
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["localhost", "localhost:", ":50051", "localhost:0", "localhost:65536", "localhost:050051", "localhost:١",
+     "::1:50051", "[localhost]:1", "a b:1", "10.0.0.256:1", "http://a.b:1", "a:1:2", ""],
+)  # fmt: skip
+def test_addresses_that_are_none_are_refused_in_one_line(address):
+    with pytest.raises(ValueError) as said:
+        channel.plain_address(address)
+    assert repr(address)[:-1] in str(said.value) or "is no host" in str(said.value)
+    assert len(str(said.value).splitlines()) == 1
+
+
+# --- Proxies ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
+def test_a_proxy_does_not_stop_the_local_federation(launch, monkeypatch, variable):
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")  # where nobody answers
+    monkeypatch.setenv("no_grpc_proxy", "elsewhere.example.org")  # which hides no_proxy from gRPC
+    show = 'cat "$CROWDGUARD_CERTIFICATES"/../logs/*'
+    output = launch("--participants", "1", "--malicious", "0", "--", "sh", "-c", show).communicate(timeout=200)[0]
+    assert "1 participants are online" in output
+    assert "Amsterdam is connected to the director" in output.replace("'", "")
+    assert "Warning" not in output, "of OpenFL's dependencies on their own age"
+
+
+@pytest.mark.parametrize("program", ["envoy", "director"])
+@pytest.mark.parametrize(("given", "found"), [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_leave_the_cores_to_others(program, given, found):
+    """Before torch is imported, which would not notice it any more."""
+    code = "import os, sys, start; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT / program, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [found, "False"], done.stderr
+
+
+def test_what_was_exempt_from_the_proxy_stays_so():
+    before = {"no_proxy": "a.example.org,localhost", "NO_PROXY": "b.example.org", "HOME": "/"}
+    after = federation.without_proxy(before, "localhost", "::1")
+    assert after == {
+        "no_proxy": "a.example.org,localhost,::1",
+        "NO_PROXY": "b.example.org,localhost,::1",
+        "HOME": "/",
+    }
+    assert federation.without_proxy({"no_grpc_proxy": "c"}, "localhost")["no_grpc_proxy"] == "c,localhost"
+
+
+def test_values_on_the_command_line_are_taken_at_their_word():
+    assert federation.parse_override("data.seed=010") == (["data", "seed"], "010"), "which the envoy refuses"
+    assert federation.parse_override("data.alpha=1e-3") == (["data", "alpha"], 0.001)
+    with pytest.raises(SystemExit, match=r"^--set data.seed=\{a: 1, a: 2\}: not YAML: 'a' is there twice"):
+        federation.parse_override("data.seed={a: 1, a: 2}")
+
+
+# --- The director's YAML ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def read_config():
+    return load_module("director_start", ROOT / "director" / "start.py").read_config
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[]", "must hold the keys port, envoy_health_check_period"),
+        ("", "must hold the keys"),
+        ("port: yes", "port: 'yes' is not a whole number"),
+        ("port: 1\nenvoy_health_check_period: 5\nhost: x", "'host': unknown key"),
+        ("1: 2", "'1': unknown key"),
+        ("port: 1", "envoy_health_check_period: missing"),
+        ("port: 010\nenvoy_health_check_period: 5", "port: '010' is not a whole number"),
+        ("port: 1\nenvoy_health_check_period: 1:30", "envoy_health_check_period: '1:30' is not"),
+        ("port: 0xC383\nenvoy_health_check_period: 5", "port: '0xC383' is not"),
+        ("port: [1]\nenvoy_health_check_period: 5", "port: "),
+        ("port: 1\nport: 2\nenvoy_health_check_period: 5", "'port': is there twice"),
+        ("? [a]\n: 1", "unknown key"),
+        ("port: 'é'".encode("latin-1"), "byte 7 is not UTF-8"),
+        ("port: 1".encode("utf-16"), "byte 0 is not UTF-8"),
+        ("[" * 3000, ""),
+        (None, "Is a directory"),
+    ],
+)
+def test_a_wrong_director_yaml_ends_the_director_with_one_line(tmp_path, read_config, content, words):
     path = tmp_path / "director.yaml"
-    path.write_text(text)
-    command = [sys.executable, ROOT / "director" / "start.py", path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "director.yaml: " in done.stderr
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as said:
+        read_config(path)
+    assert str(said.value).startswith(f"{path}: ") or f"'{path}'" in str(said.value)
+    assert words in str(said.value) and len(str(said.value).splitlines()) == 1
+
+
+def test_the_director_yaml_as_it_is_handed_out(read_config):
+    assert read_config(ROOT / "director" / "director.yaml") == {"port": 50051, "envoy_health_check_period": 5}
