@@ -376,3 +376,14 @@ def test_statistics_and_tables_survive_an_attack_that_scales(experiment, run, mo
 def test_what_no_round_can_mend_ends_the_run_at_once(run):
     with pytest.raises(RuntimeError, match=r"nobody can train: .*labels from 0 to 9, but classes = 5: set `classes`"):
         run(classes=5)
+
+
+def test_who_measures_another_backdoor_is_left_out(experiment, run, private_attributes):
+    other = private_attributes.participant("Bangalore", {"index": 1, "test_samples": 30}, trigger="noise")
+    changed = {key: other[key] for key in ("backdoor_loader", "backdoor")}
+    row = run({"Bangalore": changed}, rounds=1).history[0]
+    assert row["failed"] == {
+        "Bangalore": "measures another backdoor (trigger noise, target 2, source None) than the others "
+        "(trigger red_square, target 2, source None)"
+    }
+    assert row["per_participant"]["Bangalore"]["backdoor_accuracy"] is None
