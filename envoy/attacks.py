@@ -143,3 +143,6 @@ class Backdoor:
         if not (self.attacks(round) and self.attack.false_votes):
             return votes
         return {model: int(model in self.attack.accomplices) for model in votes}
+
+
+ATTACKS = {"backdoor": Backdoor}  # kind → class

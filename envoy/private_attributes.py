@@ -18,16 +18,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 if __package__:  # the notebook finds this folder as a package
     from . import strict_yaml
-    from .attacks import RED, TRIGGER_SIDE, TRIGGERS, Backdoor, add_trigger, poison, triggered
+    from .attacks import ATTACKS, RED, TRIGGER_SIDE, TRIGGERS, Backdoor, add_trigger, poison, triggered
     from .sources import MEAN, SIDE, SOURCES, STD, Source, cifar10, digits, image_folder
 else:  # and the envoy has it on its path
     import strict_yaml
-    from attacks import RED, TRIGGER_SIDE, TRIGGERS, Backdoor, add_trigger, poison, triggered
+    from attacks import ATTACKS, RED, TRIGGER_SIDE, TRIGGERS, Backdoor, add_trigger, poison, triggered
     from sources import MEAN, SIDE, SOURCES, STD, Source, cifar10, digits, image_folder
 
 __all__ = [
-    "MEAN", "RED", "SIDE", "SOURCES", "STD", "TRIGGERS", "TRIGGER_SIDE", "Attack", "Backdoor", "Data", "Settings",
-    "add_trigger", "as_loader", "cifar10", "digits", "image_folder", "participant", "partition", "poison",
+    "ATTACKS", "MEAN", "RED", "SIDE", "SOURCES", "STD", "TRIGGERS", "TRIGGER_SIDE", "Attack", "Backdoor", "Data",
+    "Settings", "add_trigger", "as_loader", "cifar10", "digits", "image_folder", "participant", "partition", "poison",
     "read_settings",
 ]  # fmt: skip
 
@@ -88,13 +88,21 @@ class Data(Strict):
 
 
 class Attack(Strict):
-    """A simulated backdoor attack; absent at honest participants."""
+    """A simulated attack; absent at honest participants."""
 
+    kind: str = "backdoor"
     first_round: int = Field(1, ge=1)
     pdr: float = Field(0.5, ge=0, le=1)
     scale: float = Field(1.0, gt=0)
     false_votes: bool = True
     accomplices: list[str] = []
+
+    @field_validator("kind")
+    @classmethod
+    def known(cls, kind):
+        if kind not in ATTACKS:
+            raise ValueError(f"{kind!r} is not one of {', '.join(ATTACKS)}")
+        return kind
 
 
 OURS = ("aggregator", "ca", "director", "experimenter")  # names that no participant may have
@@ -327,7 +335,7 @@ def participant(
         attack = Attack.model_validate(attack)
         put = functools.partial(triggered, trigger)
         poisoned = poison(*train, backdoor_target, attack.pdr, data.seed, put, backdoor_source)
-        adversary = Backdoor(attack, loader(*poisoned, data.batch_size, shuffle=True))
+        adversary = ATTACKS[attack.kind](attack, loader(*poisoned, data.batch_size, shuffle=True))
     return {
         "train_loader": loader(*train, data.batch_size, shuffle=True),
         "test_loader": loader(*test, 256),

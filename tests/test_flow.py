@@ -387,3 +387,9 @@ def test_who_measures_another_backdoor_is_left_out(experiment, run, private_attr
         "(trigger red_square, target 2, source None)"
     }
     assert row["per_participant"]["Bangalore"]["backdoor_accuracy"] is None
+
+
+def test_who_numbers_the_classes_otherwise_is_left_out(run):
+    names = {name: {"classes": ["ant", "bee"] if name != "Detroit" else ["bee", "ant"]} for name in NAMES}
+    failed = run(names, rounds=1).history[0]["failed"]
+    assert failed.keys() == {"Detroit"} and "bee/ant" in failed["Detroit"]

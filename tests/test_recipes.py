@@ -1,0 +1,147 @@
+"""docs/your-own.md: every piece of code and every YAML file on the page is run as it stands there."""
+
+import contextlib
+import functools
+import importlib
+import io
+import re
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from PIL import Image
+
+PAGE = (ROOT / "docs" / "your-own.md").read_text()
+BLOCKS = {(kind, name): code for kind, name, code in re.findall(r"```(python|yaml) (\w+)\n(.*?)```", PAGE, re.DOTALL)}
+NAMES = ["Amsterdam", "Bangalore", "Chandler", "Detroit"]
+
+
+@pytest.fixture
+def animals(tmp_path):
+    """Folders of three colours at four owners, one of whom lacks a class in training."""
+    rng = np.random.default_rng(0)
+    for owner in NAMES:
+        for part, count in (("train", 40), ("test", 10)):
+            for number, name in enumerate(("ant", "bee", "cat")):
+                folder = tmp_path / owner / part / name
+                folder.mkdir(parents=True)
+                for index in range(0 if (owner, part, name) == ("Bangalore", "train", "cat") else count):
+                    pixels = rng.integers(0, 120, (20, 24, 3))
+                    pixels[..., number] += 130
+                    Image.fromarray(pixels.astype("uint8")).save(folder / f"{index}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def own(experiment, monkeypatch):
+    """The participant's side as a module of its own, and the experiment, with a recipe's code in them."""
+    monkeypatch.syspath_prepend(str(ROOT / "envoy"))
+    for name in ("private_attributes", "attacks", "sources", "strict_yaml"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    private_attributes, attacks = (importlib.import_module(name) for name in ("private_attributes", "attacks"))
+
+    def add(code, module):
+        names = dict(vars(module))
+        exec(code, names)
+        for name in names.keys() - vars(module).keys() | {"initial_model", "make_optimizer"} & names.keys():
+            if not name.startswith("__"):
+                monkeypatch.setattr(module, name, names[name], raising=False)
+
+    for name in ("trigger", "attack"):
+        add(BLOCKS["python", name], attacks)
+    return private_attributes, lambda name: add(BLOCKS["python", name], experiment)
+
+
+@pytest.fixture
+def run(experiment, own, tmp_path, monkeypatch):
+    from openfl.experimental.workflow.interface import Aggregator, Collaborator
+    from openfl.experimental.workflow.runtime import LocalRuntime
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("METAFLOW_USER", "tests")
+    private_attributes, _ = own
+
+    def attributes(name, settings):
+        data = {"train_samples": 60, "test_samples": 30, "participants": 4, "index": NAMES.index(name)}
+        mine = {"name": name, "director": "localhost:1"} | settings | {"data": data | settings.get("data", {})}
+        mine = yaml.safe_load(yaml.safe_dump(mine).replace("FOLDER", str(tmp_path / name)))
+        if name == "Detroit":
+            mine["attack"] = {"first_round": 2, "scale": 4, "accomplices": ["Detroit"]} | mine.get("attack", {})
+        elif "attack" in mine:
+            del mine["attack"]
+        read = private_attributes.Settings.model_validate(mine)
+        return private_attributes.participant(**read.model_dump(exclude={"director"}))
+
+    def go(settings=None, **config):
+        people = [
+            Collaborator(name=n, private_attributes_callable=functools.partial(attributes, n, settings or {}))
+            for n in NAMES
+        ]
+        small = {"rounds": 2, "local_epochs": 1, "hidden": 16, "width": 8}
+        flow = experiment.FederatedCrowdGuard(replace(experiment.demo, **(small | config)))
+        flow.runtime = LocalRuntime(Aggregator(name="aggregator"), people, backend="single_process")
+        with contextlib.redirect_stdout(io.StringIO()):
+            flow.run()
+        assert [row["failed"] for row in flow.history] == [{}] * flow.config.rounds
+        assert all(row["votes"].keys() == set(NAMES) for row in flow.history)
+        return flow
+
+    return go
+
+
+def yaml_of(name):
+    return yaml.safe_load(BLOCKS["yaml", name])
+
+
+@pytest.mark.parametrize("net", ["resnet", "vit"])
+def test_a_net(own, run, net):
+    own[1](net)
+    flow = run()
+    assert flow.history[1]["attackers"] == ["Detroit"]
+    assert flow.history[1]["excluded"] == ["Detroit"]
+
+
+def test_an_image_folder(run, animals):
+    flow = run(yaml_of("folder"), classes=3, rounds=3, local_epochs=4)
+    assert flow.history[-1]["main_accuracy"] > 0.8, "also of whoever lacks a class"
+
+
+def test_grey_images(own, run):
+    own[1]("grey")
+    assert run(yaml_of("grey")).history[1]["excluded"] == ["Detroit"]
+
+
+def test_a_table(own, run):
+    own[1]("table")
+    flow = run(yaml_of("table"), classes=2, rounds=4, local_epochs=8)
+    assert flow.history[-1]["main_accuracy"] > 0.85
+    assert all(row["excluded"] == ["Detroit"] for row in flow.history[1:])
+
+
+def test_a_trigger_and_an_attack(run):
+    flow = run({"trigger": "stripes", "attack": {"kind": "noisy"}})
+    assert flow.history[1]["excluded"] == ["Detroit"]
+
+
+def test_labels_flipped(run):
+    flow = run({"trigger": "none", "backdoor_source": 3, "backdoor_target": 5})
+    assert 0 <= flow.history[-1]["backdoor_accuracy"] <= 1
+
+
+def test_an_optimiser(own, experiment, run, monkeypatch):
+    own[1]("optimiser")
+    rates, make = [], experiment.make_optimizer
+    monkeypatch.setattr(experiment, "make_optimizer", lambda *args: rates.append(made := make(*args)) or made)
+    run(learning_rate=0.001)
+    assert {type(made) for made in rates} == {torch.optim.AdamW}
+    assert [made.param_groups[0]["lr"] for made in rates] == pytest.approx([0.001] * 4 + [0.0009] * 4)
+
+
+def test_no_recipe_is_longer_than_ten_lines_and_none_is_left_out():
+    used = {"resnet", "vit", "folder", "grey", "table", "trigger", "attack", "optimiser"}
+    assert {name for _, name in BLOCKS} == used
+    assert all(len([line for line in code.splitlines() if line.strip()]) <= 10 for code in BLOCKS.values())
