@@ -52,17 +52,17 @@ class Data(Strict):
           class_names: [cats, dogs, eels]    # the same at every owner
     """
 
-    source: str = "digits"
-    folder: Path | None = Field(None, strict=False)
-    class_names: list[str] | None = Field(None, min_length=1)
-    participants: int = Field(4, ge=1, le=10_000)
-    index: int = Field(0, ge=0)
-    partition: Literal["iid", "dirichlet"] = "iid"
-    alpha: float = Field(0.5, gt=0)
-    seed: int = Field(10, ge=0)
-    train_samples: int | None = Field(None, ge=1)
+    source: str = "digits"  # digits, digits_grey, breast_cancer, cifar10, image_folder, or one of your own
+    folder: Path | None = Field(None, strict=False)  # where the images of the last two are, or shall be
+    class_names: list[str] | None = Field(None, min_length=1)  # the class folders in the order of their numbers
+    participants: int = Field(4, ge=1, le=10_000)  # how many shares there are
+    index: int = Field(0, ge=0)  # which of them is mine, from 0 on
+    partition: Literal["iid", "dirichlet"] = "iid"  # how the training data are shared out
+    alpha: float = Field(0.5, gt=0)  # concentration of the Dirichlet distribution
+    seed: int = Field(10, ge=0)  # of the shares and of the poisoned images; the same at all participants
+    train_samples: int | None = Field(None, ge=1)  # take fewer
     test_samples: int | None = Field(None, ge=1)
-    batch_size: int = Field(32, ge=1, le=100_000)
+    batch_size: int = Field(32, ge=1, le=100_000)  # images in a training batch
 
     @field_validator("source")
     @classmethod
@@ -90,12 +90,12 @@ class Data(Strict):
 class Attack(Strict):
     """A simulated attack; absent at honest participants."""
 
-    kind: str = "backdoor"
-    first_round: int = Field(1, ge=1)
-    pdr: float = Field(0.5, ge=0, le=1)
-    scale: float = Field(1.0, gt=0)
-    false_votes: bool = True
-    accomplices: list[str] = []
+    kind: str = "backdoor"  # or one of your own
+    first_round: int = Field(1, ge=1)  # honest before it
+    pdr: float = Field(0.5, ge=0, le=1)  # poisoned data rate
+    scale: float = Field(1.0, gt=0)  # factor on the update; 1/PMR replaces the model
+    false_votes: bool = True  # benign for the accomplices, poisoned for all others
+    accomplices: list[str] = []  # their names, the own one among them
 
     @field_validator("kind")
     @classmethod
@@ -111,14 +111,14 @@ OURS = ("aggregator", "ca", "director", "experimenter")  # names that no partici
 class Settings(Strict):
     """One participant's YAML file. All participants agree on `trigger`, `backdoor_target` and `backdoor_source`."""
 
-    name: str
-    director: str
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    name: str  # the envoy's, also its certificate's
+    director: str  # host:port
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")  # cpu, mps, cuda, cuda:1; auto: the fastest
     data: Data = Field(default_factory=Data)
-    trigger: str = "red_square"
-    backdoor_target: int = Field(2, ge=0)
-    backdoor_source: int | None = Field(None, ge=0)
-    attack: Attack | None = None
+    trigger: str = "red_square"  # or white_square, noise, feature (for vectors), none, or one of your own
+    backdoor_target: int = Field(2, ge=0)  # the class for which the attack wants images to be taken
+    backdoor_source: int | None = Field(None, ge=0)  # only images of this class; without one, of all
+    attack: Attack | None = None  # a participant with this key is a simulated attacker
 
     @field_validator("name")
     @classmethod

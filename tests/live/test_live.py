@@ -18,6 +18,14 @@ def test_an_edited_notebook_runs_its_new_code_at_every_envoy(execute):
     assert execute(old="loss=loss,", new="loss=123.25,", show=losses) == "[123.25, 123.25, 123.25, 123.25]"
 
 
+def test_a_net_that_is_changed_in_between_is_trained_at_every_envoy(execute):
+    names = "sorted(n for n in load(flflow.global_model) if 'bias' in n), flflow.history[0]['failed']"
+    before = execute(show=names)
+    changed = execute(old="nn.Linear(hidden, hidden), relu(),", new="nn.Linear(hidden, hidden), nn.Tanh(),", show=names)
+    added = execute(old="nn.Linear(hidden, hidden), relu(),", new="nn.BatchNorm1d(hidden),", show=names)
+    assert before == changed != added and added.endswith("{})")
+
+
 def test_an_error_in_the_flow_reaches_the_notebook_and_the_next_experiment_runs(execute):
     with pytest.raises(papermill.PapermillExecutionError, match="ZeroDivisionError"):
         execute(old='"""One line on a row of history."""', new="1 / 0")
