@@ -69,7 +69,7 @@ def steps(written: dict) -> list[dict]:
         if row["participant"] != "aggregator":
             tasks.append(row)
             continue
-        if tasks:  # several hand-overs a step if the models come in portions
+        if tasks:  # several hand-overs a step if the models come in chunks
             hand_overs.setdefault((tasks[0]["round"], tasks[0]["step"]), []).append((tasks, row["given"] - ended))
         tasks, ended = [], row["taken"]
     return [step_row(written["federation"], *where, those) for where, those in hand_overs.items()]

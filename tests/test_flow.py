@@ -196,8 +196,8 @@ def without_times(history):
     return [row | {"per_participant": part} for row, part in zip(history, parts, strict=True)]
 
 
-def test_portions_of_one_megabyte_change_nothing_but_the_number_of_messages(experiment, run, monkeypatch):
-    """A net of one megabyte, so that every model is a portion of its own; own models are looked at with the first."""
+def test_chunks_of_one_megabyte_change_nothing_but_the_number_of_messages(experiment, run, monkeypatch):
+    """A net of one megabyte, so that every model is a chunk of its own; own models are looked at with the first."""
     handed, inspect_models = [], experiment.inspect_models
 
     def counted(config, task, *rest):
@@ -224,7 +224,7 @@ def test_a_validator_that_never_decides_is_given_up_and_reported(experiment, run
 
 
 def test_who_could_decide_at_once_is_not_asked_again(experiment, run, monkeypatch):
-    """All models in one portion: a validator that does not decide is stalling."""
+    """All models in one chunk: a validator that does not decide is stalling."""
     asked = []
 
     def nothing(config, task, name, *rest):

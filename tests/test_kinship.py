@@ -279,7 +279,7 @@ def test_who_repeats_itself_far_more_than_others_stands_out(experiment):
 
 
 @pytest.mark.parametrize("sizes", [[10], [1, 9], [3, 3, 4], [1] * 10])
-def test_portions_of_models_change_nothing(experiment, conv_models, images, sizes):
+def test_chunks_of_models_change_nothing(experiment, conv_models, images, sizes):
     origin, models = conv_models
     whole = experiment.look(origin, models, images, "cpu")
     cuts = np.split(np.arange(10), np.cumsum(sizes)[:-1])

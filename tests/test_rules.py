@@ -155,7 +155,7 @@ def test_several_kinds_of_attackers_are_cut_off_one_after_the_other(experiment):
 def test_everybody_is_judged_by_itself(experiment):
     """Beside one that is far away, one at 0.3 is no suspect."""
     values = np.array([0, 0.01, -0.01, 0.02, -0.02, 0.3, 1.0])
-    assert experiment.standing_out(values, own=0, least=0.5) == {6}
+    assert experiment.outliers(values, own=0, least=0.5) == {6}
 
 
 # --- Hostile models ---------------------------------------------------------------------------------------------

@@ -118,10 +118,10 @@ def test_usable_updates_tells_who_failed_and_why(experiment, state, local):
 
 @given(st.dictionaries(st.text(), st.binary(max_size=30)), st.integers(1, 60))
 def test_waves_hold_every_update_once_and_are_no_larger_than_allowed(experiment, updates, most):
-    portions = experiment.waves(updates, most)
-    assert [name for portion in portions for name in portion] == list(updates)
-    assert all(portion[name] is updates[name] for portion in portions for name in portion)
-    assert all(sum(map(len, portion.values())) <= most or len(portion) == 1 for portion in portions)
+    chunks = experiment.in_chunks(updates, most)
+    assert [name for chunk in chunks for name in chunk] == list(updates)
+    assert all(chunk[name] is updates[name] for chunk in chunks for name in chunk)
+    assert all(sum(map(len, chunk.values())) <= most or len(chunk) == 1 for chunk in chunks)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -134,16 +134,16 @@ def test_who_applies_the_deltas_holds_the_aggregators_model(experiment, dtype):
         before = experiment.load(packed) if packed else {}
         delta = experiment.pack_update(exact, before, dtype)
         packed = experiment.apply_delta(packed, delta, model)
-        experiment.follow(memory, experiment.Task(1, version, version == 1, delta), model)
+        experiment.update_copy(memory, experiment.Task(1, version, version == 1, delta), model)
         assert memory["global_model"] == packed
         near = experiment.global_state(memory, version)
         assert all((near[name] - value).abs().max() <= 0.01 * (1 + value.abs().max()) for name, value in exact.items())
         exact = {name: value + 0.1 * torch.randn_like(value) for name, value in exact.items()}
-    experiment.follow(memory, experiment.Task(1, 3, False, delta), model)
+    experiment.update_copy(memory, experiment.Task(1, 3, False, delta), model)
     assert memory["global_model"] == packed, "a delta that has been applied is not applied again"
     with pytest.raises(LookupError, match="cannot apply the delta to 5"):
-        experiment.follow(memory, experiment.Task(1, 5, False, delta), model)
-    experiment.follow(memory, experiment.Task(1, 5, True, packed), model)
+        experiment.update_copy(memory, experiment.Task(1, 5, False, delta), model)
+    experiment.update_copy(memory, experiment.Task(1, 5, True, packed), model)
     assert memory == {"global_model": packed, "version": 5}
     with pytest.raises(LookupError, match="missed a step"):
         experiment.global_state(memory, 4)
