@@ -1,9 +1,9 @@
-# `make run` and `make test` need Python 3.11 with venv, and nothing else.
+# `make run` and `make test` need Python 3.11 or 3.12 with venv, and nothing else.
 #   make run PARTICIPANTS=6 MALICIOUS=2
 #   make run CONFIG=published ENVOY="data.source=image_folder data.folder=$HOME/cifar10 attack.first_round=1"
 # (Detroit attacks from round 6 on, which the five published rounds would not see. Values must not hold blanks.)
 
-PYTHON       ?= $(shell command -v python3.11 || echo python3)
+PYTHON       ?= $(shell for p in python3.11 python3.12 python3; do $$p --version >/dev/null 2>&1 && echo $$p && break; done)
 PARTICIPANTS ?= 4
 MALICIOUS    ?= 1
 CONFIG       ?= demo
@@ -20,11 +20,17 @@ NOTEBOOK   := $(BIN)/python experimenter/run.py --config $(CONFIG) --results $(R
 # Of the faults `make test` tries one of each kind; `make faults` tries all, and links that are cut.
 SHORT := -k "not FedAvg and not 2] and not hangs and not other_settings and not restarted_while"
 
-.PHONY: run export test faults lint clean
+.PHONY: run notebook export test check faults lint clean
 
 run: .venv/ready
 	$(NOTEBOOK) --check
 	$(FEDERATION) -- $(NOTEBOOK)
+
+# The notebook with the outputs of one run of the demo, and the figure of the README.
+notebook: .venv/ready
+	$(FEDERATION) -- $(NOTEBOOK)
+	$(BIN)/python experimenter/outputs.py $(RESULTS)/FederatedCrowdGuard.ipynb
+	cp $(RESULTS)/accuracy.png docs/figures/
 
 export: .venv/ready
 	$(NOTEBOOK) --export
@@ -37,6 +43,10 @@ test: lint
 	$(BIN)/pytest
 	$(BIN)/pytest tests/live/test_hostile.py tests/live/test_faults.py $(SHORT)
 	$(BIN)/python local/federation.py -- $(BIN)/pytest --nbmake --nbmake-timeout=900 tests/live/test_live.py FederatedCrowdGuard.ipynb
+
+# For daily work: lint and the tests that train nothing.
+check: lint
+	$(BIN)/pytest -m "not slow" -x
 
 faults: .venv/ready
 	$(BIN)/pytest tests/live/test_hostile.py tests/live/test_faults.py tests/live/test_links.py
