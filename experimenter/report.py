@@ -1,5 +1,6 @@
 """The executed notebook as one HTML file that opens without a network: contents, then results, then how they came."""
 
+import html
 import re
 from pathlib import Path
 
@@ -13,10 +14,19 @@ FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
 def write_report(notebook: Path) -> Path:
     """Writes the report beside the notebook."""
     arranged = arrange(nbformat.read(notebook, as_version=4))
-    html, _ = HTMLExporter(mathjax_url="", require_js_url="").from_notebook_node(arranged)
+    page, _ = HTMLExporter(mathjax_url="", require_js_url="").from_notebook_node(arranged)
+    texts = iter(alternatives(arranged))
+    page = re.sub(r'alt="No description[^"]*"', lambda _: f'alt="{next(texts)}"', page)
     path = notebook.with_suffix(".html")
-    path.write_text(html)
+    path.write_text(page)
     return path
+
+
+def alternatives(notebook) -> list[str]:
+    """The texts for those who cannot see the pictures, in their order; nbconvert's template leaves them out."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    pictures = [output.metadata.get("image/png", {}) for output in outputs if "image/png" in output.get("data", {})]
+    return [html.escape(picture.get("alt", "")) for picture in pictures]
 
 
 def arrange(notebook):

@@ -80,3 +80,11 @@ def test_the_report_needs_no_network(tmp_path):
     html = write_report(path).read_text()
     assert "<math" in html and "<mfrac>" in html and "$x_s$" not in html and "costs $5" in html
     assert not re.search(r"<(script|link)[^>]+(src|href)=.https?:", html)
+
+
+def test_every_picture_has_its_text(tmp_path):
+    dot = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    figure = nbformat.v4.new_output("display_data", data={"image/png": dot}, metadata={"image/png": {"alt": 'a "dot"'}})
+    shown = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=[figure])])
+    nbformat.write(shown, tmp_path / "n.ipynb")
+    assert 'alt="a &quot;dot&quot;"' in write_report(tmp_path / "n.ipynb").read_text()
