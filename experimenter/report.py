@@ -31,14 +31,15 @@ def alternatives(notebook) -> list[str]:
 
 def arrange(notebook):
     """The notebook's cells with a table of contents, the results first, and formulas as MathML."""
-    sections = split(notebook.cells)
-    last = max((i for i, cells in enumerate(sections) if title(cells[0]) == "Results"), default=len(sections) - 1)
-    title_page, *others = sections
-    results, rest = [sections[last]], [cells for cells in others if cells is not sections[last]]
-    headings = [title(cells[0]) for cells in (results if last else []) + rest]
-    links = [f"- [{heading}](#{heading.replace(' ', '-')})" for heading in headings]
-    contents = [nbformat.v4.new_markdown_cell("\n".join(links))]
-    notebook.cells = [cell for cells in [title_page, contents, *(results if last else []), *rest] for cell in cells]
+    front, *sections = split(notebook.cells)
+    opening = next((i for i, cell in enumerate(front) if cell.cell_type == "code"), len(front))
+    sections.sort(key=lambda cells: title(cells[0]) != "Results")  # stable: the others stay in their order
+    headings = [title(cells[0]) for cells in sections]
+    links = "\n".join(f"- [{heading}](#{heading.replace(' ', '-')})" for heading in headings)
+    results = sections[:1] if headings[:1] == ["Results"] else []
+    rest = [front[opening:], *sections[len(results) :]]
+    parts = [front[:opening], [nbformat.v4.new_markdown_cell(links)], *results, *rest]
+    notebook.cells = [cell for part in parts for cell in part]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = FORMULA.sub(as_mathml, cell.source)

@@ -69,9 +69,11 @@ def notebook(*sources):
 
 
 def test_the_report_has_its_contents_then_the_results():
-    arranged = arrange(notebook("# Title", "## One", "first", "## Results", "figure", "## Two"))
-    order = [cell.source.splitlines()[0] for cell in arranged.cells]
-    assert order == ["# Title", "- [Results](#Results)", "## Results", "figure", "## One", "first", "## Two"]
+    made = notebook("# Title", "## One", "first", "## Results", "figure", "## Two")
+    made.cells.insert(1, nbformat.v4.new_code_cell("import numpy"))
+    order = [cell.source.splitlines()[0] for cell in arrange(made).cells]
+    expected = ["# Title", "- [Results](#Results)", "## Results", "figure", "import numpy", "## One", "first", "## Two"]
+    assert order == expected
 
 
 def test_the_report_needs_no_network(tmp_path):
