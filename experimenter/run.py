@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import nbformat
@@ -130,7 +131,8 @@ def main():
     parser.add_argument("--check", action="store_true", help="only look whether the settings are right")
     args = parser.parse_args()
     os.environ["CROWDGUARD_RESUME"] = args.resume
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:metaflow.metaflow_config")  # its dependencies' age
+    warnings.filterwarnings("ignore", module="metaflow")  # OpenFL's dependencies on their own age, here
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:metaflow.metaflow_config")  # and in the kernel
     for place in ("CROWDGUARD_CERTIFICATES", "CROWDGUARD_ENVOYS", "CROWDGUARD_WORKSPACE"):
         if place in os.environ:  # the notebook runs in its own folder, not in the caller's
             os.environ[place] = str(Path(os.environ[place]).resolve())
