@@ -5,18 +5,14 @@
 starts a federation of its own. `FAULTS_LOG` names a file to which each test writes what was seen and how long it took.
 """
 
-import json
-import os
 import random
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from cluster import NAMES, Cluster, note
 
-NAMES = ["Amsterdam", "Bangalore", "Chandler", "Detroit"]
 FIVE = ["rounds=5", "participant_timeout=40"]  # for runs that are compared bit by bit: nobody may be missed
 
 
@@ -24,12 +20,6 @@ FIVE = ["rounds=5", "participant_timeout=40"]  # for runs that are compared bit 
 def cluster(tmp_path_factory):
     with Cluster(tmp_path_factory.mktemp("cluster")) as started:
         yield started
-
-
-def note(fault: str, seen: str, seconds: float) -> None:
-    if place := os.environ.get("FAULTS_LOG"):
-        with Path(place).open("a") as file:
-            file.write(json.dumps({"fault": fault, "seen": seen, "seconds": round(seconds, 1)}) + "\n")
 
 
 def failures(rows: list[dict]) -> dict:
