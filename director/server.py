@@ -416,6 +416,6 @@ def serve(config: dict, files: dict[str, Path], runs: Path) -> None:
         listen_host="[::]" if socket.has_dualstack_ipv6() else "0.0.0.0",
         listen_port=config["port"],
         envoy_health_check_period=config["envoy_health_check_period"],
-        runs=runs.absolute(),
+        runs=runs,
     )
     server.start()

@@ -3,14 +3,22 @@
     python envoy/start.py envoy/Amsterdam.yaml --certificates certificates
 
 Needs `ca.crt`, `<name>.crt` and `<name>.key` in the certificates' folder; every connection is mutual TLS. Settings,
-data, certificates and the director are looked at before the envoy joins. It works in the current folder.
+data, certificates and the director are looked at before the envoy joins. It works in a folder of its own in `--runs`.
 """
 
 import argparse
 import functools
 import logging
 import os
+import shutil
 from pathlib import Path
+
+
+def work_in(folder: Path) -> None:
+    """Makes it the current folder, without what is left of experiments in which this was killed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    os.chdir(folder)
 
 
 def main():
@@ -43,6 +51,7 @@ def main():
     from collaborator import Participant
 
     participant = Participant(settings.name, settings.director, identity, bring, args.runs)
+    work_in(args.runs / f".{settings.name}")
     try:
         participant.start()
     except ConnectionError as error:

@@ -173,8 +173,10 @@ class Cluster(Federation):
     def __init__(self, folder: Path, host="localhost", data=FEW, within=None):
         """`data` changes the participants' settings; `within` is participant → command that runs it elsewhere."""
         super().__init__(len(NAMES), 0, data, host)
+        self.ports = [int(self.address.rpartition(":")[2]), int(self.environment["CROWDGUARD_AGGREGATOR_PORT"])]
         self.commands, self.place, self.count, self.within = {}, folder, 0, within or {}
-        self.environment["CROWDGUARD_RUNS"] = str(folder / "runs")
+        self.runs = folder / "runs"
+        self.environment["CROWDGUARD_RUNS"] = str(self.runs)
         self.environment["PYTHONPATH"] = str(ROOT)
 
     def start_director(self, certificates):
