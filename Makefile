@@ -20,7 +20,7 @@ FEDERATION := $(BIN)/python local/federation.py --participants $(PARTICIPANTS) -
 NOTEBOOK   := $(BIN)/python experimenter/run.py --config $(CONFIG) --results $(RESULTS) $(if $(RESUME),--resume $(RESUME)) $(foreach change,$(SET),--set $(change))
 
 # Of the faults `make test` tries one of each kind; `make faults` tries all, and links that are cut; `make soak` many at random.
-SHORT := -k "not FedAvg and not 2] and not 6-10 and not hangs and not other_settings and not restarted_while"
+SHORT := -k "not FedAvg and not 2] and not 6-10 and not hangs and not make_run and not other_settings and not restarted_while"
 
 .PHONY: run export test faults soak lint clean
 

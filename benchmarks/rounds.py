@@ -4,7 +4,8 @@
 
 All rounds start from one global model, trained once on 10,000 images which no participant holds. The participants of a
 crowd train once each, the last ones also as attackers, once for every trigger; a setting says who of them appears in
-which role. Updates are rounded as on the wire. Tuning seeds are 100 to 104, judging seeds 17 to 21 (10 to 16 have been looked at while the rule was made).
+which role. Updates are rounded as on the wire. Tuning seeds are 100 to 104, judging seeds 17 to 21 (10 to 16 have been
+looked at while the rule was made).
 """
 
 import copy
