@@ -190,10 +190,10 @@ def test_ctrl_c_stops_the_run_and_neither_the_next_nor_itself_is_lost(cluster, u
 
 
 def test_a_notebook_that_is_killed_can_be_attached_again_and_the_next_waits_its_turn(cluster):
-    running = cluster.notebook(["rounds=12", "local_epochs=30"]).reached(1)
+    running = cluster.notebook(["rounds=12", "local_epochs=30"])
     run, name = running.submitted()
-    running.process.kill()
     second = cluster.notebook(["rounds=1"])
+    running.reached(1).process.kill()
     attached = cluster.notebook(wish="attach", name=name)
     assert [row["round"] for row in attached.well(12).rows()] == list(range(1, 13)) and attached.model()
     assert json.loads((attached.folder / "history.json").read_text())["run"] == run
@@ -243,7 +243,7 @@ def test_an_envoy_whose_disk_is_full_ends_and_is_back_when_there_is_space(cluste
     assert rows[-1]["failed"].keys() == {"Amsterdam"}
     (small_disk / "filler").unlink()
     cluster.back("Amsterdam")
-    assert cluster.notebook(["rounds=1"]).well(1).rows()[0]["failed"] == {}
+    assert cluster.notebook(["rounds=1", "participant_timeout=40"]).well(1).rows()[0]["failed"] == {}
     cluster.kill("Amsterdam")
     runs.unlink()
     runs.with_name("aside").rename(runs)
