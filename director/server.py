@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -207,8 +206,6 @@ class Director(director.Director):
         return True
 
     async def start_experiment_execution_loop(self):
-        # For the flows' own steps one thread, as they come one after the other: each that has run a model keeps memory.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
         await asyncio.gather(self.clock.run(), self.run_experiments())
 
     async def run_experiments(self) -> None:
