@@ -11,16 +11,18 @@ SET          ?=
 ENVOY        ?=
 RESULTS      ?= results
 RESUME       ?=
+ROUNDS       ?= 50
+SEED         ?= 1
 
 BIN        := .venv/bin
 FEDERATION := $(BIN)/python local/federation.py --participants $(PARTICIPANTS) --malicious $(MALICIOUS) \
               $(foreach change,$(ENVOY),--set $(change))
 NOTEBOOK   := $(BIN)/python experimenter/run.py --config $(CONFIG) --results $(RESULTS) $(if $(RESUME),--resume $(RESUME)) $(foreach change,$(SET),--set $(change))
 
-# Of the faults `make test` tries one of each kind; `make faults` tries all, and links that are cut.
-SHORT := -k "not FedAvg and not 2] and not hangs and not other_settings and not restarted_while"
+# Of the faults `make test` tries one of each kind; `make faults` tries all, and links that are cut; `make soak` many at random.
+SHORT := -k "not FedAvg and not 2] and not 6-10 and not hangs and not make_run and not other_settings and not restarted_while"
 
-.PHONY: run notebook export test check faults lint clean
+.PHONY: run notebook export test check faults soak lint clean
 
 run: .venv/ready
 	$(NOTEBOOK) --check
@@ -42,6 +44,7 @@ lint: .venv/ready
 test: lint
 	$(BIN)/pytest
 	$(BIN)/pytest tests/live/test_hostile.py tests/live/test_faults.py $(SHORT)
+	SOAK_ROUNDS=8 $(BIN)/pytest tests/live/test_soak.py
 	$(BIN)/python local/federation.py -- $(BIN)/pytest --nbmake --nbmake-timeout=900 tests/live/test_live.py FederatedCrowdGuard.ipynb
 
 # For daily work: lint and the tests that train nothing.
@@ -50,6 +53,9 @@ check: lint
 
 faults: .venv/ready
 	$(BIN)/pytest tests/live/test_hostile.py tests/live/test_faults.py tests/live/test_links.py
+
+soak: .venv/ready
+	SOAK_ROUNDS=$(ROUNDS) SOAK_SEED=$(SEED) SOAK_RESULTS=$(RESULTS)/soak $(BIN)/pytest tests/live/test_soak.py
 
 .venv/ready: requirements.txt envoy/requirements.txt
 	$(PYTHON) -m venv .venv

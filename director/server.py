@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import logging
+import math
 import os
 import socket
 import sys
@@ -167,6 +168,23 @@ def misfit(said: dict) -> str:
 # --- Experiments --------------------------------------------------------------------------------------------------
 
 
+class Clock:
+    """Seconds in which this process could hear somebody. It stands still while the process does, be it stopped, asleep
+    with its machine, or busy with the import of an experiment: in that time nobody else is silent."""
+
+    LAP = 1  # seconds, the most that one lap counts
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    async def run(self) -> None:
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(POLL)
+            now = time.monotonic()
+            self.seconds, last = self.seconds + min(now - last, self.LAP), now
+
+
 class Director(director.Director):
     """Runs one experiment after the other and keeps what came of the last ones."""
 
@@ -174,7 +192,7 @@ class Director(director.Director):
         super().__init__(**kwargs)
         self.refused = {}  # certificate's name → why; who comes again with the right software is not in it any more
         self.instances = {}  # participant → the process that has joined as it last
-        self.runs = runs
+        self.runs, self.clock, self.heard = runs, Clock(), {}  # `heard`: participant → when its last heartbeat came
 
     async def set_new_experiment(self, experiment_name, sender_name, collaborator_names, experiment_archive_path):
         added = Experiment(
@@ -188,6 +206,9 @@ class Director(director.Director):
         return True
 
     async def start_experiment_execution_loop(self):
+        await asyncio.gather(self.clock.run(), self.run_experiments())
+
+    async def run_experiments(self) -> None:
         registry, ended = self.experiments_registry, []
         while True:
             await until(lambda: registry.pending)
@@ -205,9 +226,18 @@ class Director(director.Director):
         name = self.col_exp[envoy_name] = self.experiments_registry.active.name
         return name
 
+    def ack_envoy_connection_request(self, envoy_name):
+        self.heard[envoy_name] = self.clock.seconds
+        return super().ack_envoy_connection_request(envoy_name)
+
+    def update_envoy_status(self, *, envoy_name, is_experiment_running):
+        period = super().update_envoy_status(envoy_name=envoy_name, is_experiment_running=is_experiment_running)
+        self.heard[envoy_name] = self.clock.seconds
+        return period
+
     def silence(self, participant: str) -> float:
         """Seconds since the participant's last heartbeat."""
-        return time.time() - self._envoy_registry.get(participant, {}).get("last_updated", 0)
+        return self.clock.seconds - self.heard.get(participant, -math.inf)
 
 
 class Experiment(experiment.Experiment):
@@ -386,6 +416,6 @@ def serve(config: dict, files: dict[str, Path], runs: Path) -> None:
         listen_host="[::]" if socket.has_dualstack_ipv6() else "0.0.0.0",
         listen_port=config["port"],
         envoy_health_check_period=config["envoy_health_check_period"],
-        runs=runs.absolute(),
+        runs=runs,
     )
     server.start()

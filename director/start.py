@@ -2,13 +2,15 @@
 
     python director/start.py director/director.yaml --certificates certificates
 
-Needs `ca.crt`, `director.crt` and `director.key` in the certificates' folder; every connection is mutual TLS.
+Needs `ca.crt`, `director.crt` and `director.key` in the certificates' folder; every connection is mutual TLS. It works
+in a folder of its own in `--runs`.
 """
 
 import argparse
 import logging
 import os
 import re
+import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -71,6 +73,13 @@ def refuse(port: int, files: dict[str, Path], words: str) -> None:
     server.wait_for_termination()
 
 
+def work_in(folder: Path) -> None:
+    """Makes it the current folder, without what is left of experiments in which this was killed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / ".metaflow").mkdir(parents=True)  # or metaflow makes one in the first experiment's folder, which stays
+    os.chdir(folder)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path, nargs="?", default=Path(__file__).with_name("director.yaml"))
@@ -94,6 +103,8 @@ def main():
         check_port(config["port"])
     except OSError as error:
         raise SystemExit(f"{args.config}: port: {error}") from None
+    args.runs = args.runs.absolute()
+    work_in(args.runs / ".director")
     translate_handshakes()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:

@@ -3,19 +3,27 @@
     python envoy/start.py envoy/Amsterdam.yaml --certificates certificates
 
 Needs `ca.crt`, `<name>.crt` and `<name>.key` in the certificates' folder; every connection is mutual TLS. Settings,
-data, certificates and the director are looked at before the envoy joins. It works in the current folder.
+data, certificates and the director are looked at before the envoy joins. It works in a folder of its own in `--runs`.
 """
 
 import argparse
 import functools
 import logging
 import os
+import shutil
 import warnings
 from pathlib import Path
 
 # Threads that spin while they wait take the cores from the other processes of a machine; OpenMP reads it at import.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 warnings.filterwarnings("ignore", module="metaflow|_distutils_hack")  # OpenFL's dependencies on their own age
+
+
+def work_in(folder: Path) -> None:
+    """Makes it the current folder, without what is left of experiments in which this was killed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    os.chdir(folder)
 
 
 def main():
@@ -54,6 +62,7 @@ def main():
     if classes:
         logging.info("classes: %s", ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
     participant = Participant(settings.name, director, identity, bring, args.runs)
+    work_in(args.runs / f".{settings.name}")
     try:
         participant.start()
     except ConnectionError as error:

@@ -199,7 +199,7 @@ class Federation(FederatedRuntime):
 
     def attach(self, name: str) -> State:
         """What comes of an experiment that was submitted before, by a notebook that is gone."""
-        self.name, self.final_state = name, State()
+        self.name, self.run, self.final_state = name, name.rpartition("-")[0], State()
         return self.get_flow_state()[1]
 
     def keep(self, state: State) -> None:

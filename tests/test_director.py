@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 import zipfile
 from pathlib import Path
 
@@ -115,3 +116,25 @@ def test_the_last_results_are_kept_and_older_ones_go(server, tmp_path, monkeypat
     errors = asyncio.run(play())
     assert list(errors) == [f"run{i}" for i in range(2, server.KEPT + 2)]
     assert all(f"ValueError: {name}" in error for name, error in errors.items())
+
+
+def test_a_director_that_has_stood_still_takes_nobody_for_silent(server, tmp_path):
+    """What it did not hear while it was stopped, or imported an experiment, is nobody's fault."""
+
+    async def play():
+        director = server.Director(runs=tmp_path, tls=False)
+        loop = asyncio.ensure_future(director.start_experiment_execution_loop())
+        director.ack_envoy_connection_request("Amsterdam")
+        director.ack_envoy_connection_request("Bangalore")
+        await asyncio.sleep(0.5)
+        time.sleep(5)
+        await asyncio.sleep(0.5)
+        stood_still = director.silence("Amsterdam")
+        await asyncio.sleep(2)
+        director.update_envoy_status(envoy_name="Bangalore", is_experiment_running=False)
+        loop.cancel()
+        return stood_still, director.silence("Amsterdam"), director.silence("Bangalore")
+
+    stood_still, silent, heard = asyncio.run(play())
+    assert stood_still < 4 and heard < 0.5
+    assert silent - stood_still > 1.5, "in these two seconds it could have been heard"

@@ -1,5 +1,6 @@
 """A federation whose processes can be killed one by one, and notebooks beside it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,9 +12,13 @@ from pathlib import Path
 import nbformat
 import yaml
 from federation import Federation
+from openfl.experimental.workflow.protocols import director_pb2, director_pb2_grpc
+
+from envoy.channel import Identity, open_channel
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["local_epochs=1", "hidden=8", "width=2", "participant_timeout=6"]
+NAMES = ["Amsterdam", "Bangalore", "Chandler", "Detroit"]
 FEW = [(["data", "train_samples"], 60), (["data", "test_samples"], 40)]
 
 
@@ -40,6 +45,72 @@ else:
     federation.get_flow_state()
 print("done", flush=True)
 """
+
+
+def note(fault: str, seen: str, seconds: float) -> None:
+    """Writes what was seen, and how long it took, to the file that `FAULTS_LOG` names."""
+    if place := os.environ.get("FAULTS_LOG"):
+        with Path(place).open("a") as file:
+            file.write(json.dumps({"fault": fault, "seen": seen, "seconds": round(seconds, 1)}) + "\n")
+
+
+def command(*words) -> None:
+    subprocess.run(words, capture_output=True, text=True, check=True)
+
+
+class Link:
+    """Another machine, as a network namespace, and the link to it. A context manager.
+
+    Raises: `PermissionError` on entering if network namespaces may not be made here.
+    """
+
+    def __init__(self):
+        number = os.getpid()  # others may have theirs
+        self.space, self.ends = f"fcg-{number}", (f"fcg{number}a", f"fcg{number}b")
+        self.here, self.there = (f"10.231.{number % 256}.{host}" for host in (1, 2))
+        self.within = ("ip", "netns", "exec", self.space)
+
+    def __enter__(self):
+        here, there = self.ends
+        try:
+            command("ip", "netns", "add", self.space)
+        except (OSError, subprocess.CalledProcessError) as error:
+            words = getattr(error, "stderr", None) or error
+            raise PermissionError(f"network namespaces cannot be made here: {words}") from None
+        try:
+            command("ip", "link", "add", here, "type", "veth", "peer", "name", there, "netns", self.space)
+            command("ip", "addr", "add", f"{self.here}/24", "dev", here)
+            command("ip", "link", "set", here, "up")
+            command("ip", "-n", self.space, "addr", "add", f"{self.there}/24", "dev", there)
+            command("ip", "-n", self.space, "link", "set", there, "up")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error):
+        command("ip", "netns", "del", self.space)
+
+    @contextlib.contextmanager
+    def cut(self):
+        """Meanwhile the link is down, which both machines see."""
+        command("ip", "link", "set", self.ends[0], "down")
+        try:
+            yield
+        finally:
+            command("ip", "link", "set", self.ends[0], "up")
+
+    @contextlib.contextmanager
+    def blackhole(self):
+        """Meanwhile every packet is dropped, of which neither machine is told."""
+        sides = list(zip((["tc", "qdisc"], ["tc", "-n", self.space, "qdisc"]), self.ends, strict=True))
+        for tc, end in sides:
+            command(*tc, "add", "dev", end, "root", "blackhole")
+        try:
+            yield
+        finally:
+            for tc, end in sides:
+                command(*tc, "del", "dev", end, "root")
 
 
 class Notebook:
@@ -100,10 +171,13 @@ class Notebook:
 class Cluster(Federation):
     """Director and envoys, of which each can be ended and started again."""
 
-    def __init__(self, folder: Path, participants=4, host="localhost"):
-        super().__init__(participants, 0, FEW, host)
-        self.commands, self.place, self.count = {}, folder, 0
-        self.environment["CROWDGUARD_RUNS"] = str(folder / "runs")
+    def __init__(self, folder: Path, host="localhost", data=FEW, within=None):
+        """`data` changes the participants' settings; `within` is participant → command that runs it elsewhere."""
+        super().__init__(len(NAMES), 0, data, host)
+        self.ports = [int(self.address.rpartition(":")[2]), int(self.environment["CROWDGUARD_AGGREGATOR_PORT"])]
+        self.commands, self.place, self.count, self.within = {}, folder, 0, within or {}
+        self.runs = folder / "runs"
+        self.environment["CROWDGUARD_RUNS"] = str(self.runs)
         self.environment["PYTHONPATH"] = str(ROOT)
 
     def start_director(self, certificates):
@@ -115,7 +189,7 @@ class Cluster(Federation):
 
     def spawn(self, name, command, within=()):
         self.commands[name] = command
-        super().spawn(name, command, within)
+        super().spawn(name, command, within or self.within.get(name, ()))
 
     def kill(self, name: str, how=signal.SIGKILL) -> None:
         os.kill(self.processes[name].pid, how)
@@ -142,6 +216,12 @@ class Cluster(Federation):
         names = list(self.settings)
         words = "Envoy {} is connected"
         self.wait_for("director", lambda: all(words.format(n) in self.log("director").read_text() for n in names))
+
+    def online(self) -> set[str]:
+        """Names of the participants of whom the director has heard lately."""
+        with open_channel(self.address, Identity.of("experimenter", self.folder / "certificates")) as channel:
+            known = director_pb2_grpc.DirectorStub(channel).GetEnvoys(director_pb2.GetEnvoysRequest()).envoy_infos
+        return {envoy.envoy_name for envoy in known if envoy.is_online}
 
     def notebook(self, settings=(), wish="run", name="", within=()) -> Notebook:
         self.count += 1

@@ -10,13 +10,14 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from cluster import Cluster
+from cluster import NAMES, ROOT, Cluster, note
 
-NAMES = ["Amsterdam", "Bangalore", "Chandler", "Detroit"]
 FIVE = ["rounds=5", "participant_timeout=40"]  # for runs that are compared bit by bit: nobody may be missed
 
 
@@ -24,12 +25,6 @@ FIVE = ["rounds=5", "participant_timeout=40"]  # for runs that are compared bit 
 def cluster(tmp_path_factory):
     with Cluster(tmp_path_factory.mktemp("cluster")) as started:
         yield started
-
-
-def note(fault: str, seen: str, seconds: float) -> None:
-    if place := os.environ.get("FAULTS_LOG"):
-        with Path(place).open("a") as file:
-            file.write(json.dumps({"fault": fault, "seen": seen, "seconds": round(seconds, 1)}) + "\n")
 
 
 def failures(rows: list[dict]) -> dict:
@@ -64,6 +59,36 @@ def test_an_envoy_that_is_killed_and_started_again_is_missed_and_comes_back(clus
         str(seen),
         time.monotonic() - started,
     )
+
+
+@pytest.mark.parametrize(("seed", "points", "rounds"), [(1, 1, 3), (1, 6, 10), (2, 6, 10), (3, 6, 10)])
+def test_envoys_that_are_killed_at_many_points_are_back_in_the_end(cluster, seed, points, rounds):
+    """Each one is drawn, like the point, and connected again before the next is killed.
+
+    Back within `participant_timeout` it is asked again, and says that it has not the model which the update belongs to;
+    for the next round it gets the whole one.
+    """
+    rng = random.Random(seed)
+    running = cluster.notebook([f"rounds={rounds}", "local_epochs=60", "participant_timeout=30"])
+    running.submitted()
+    killed, seconds = [], []
+    for round in sorted(rng.sample(range(rounds - 2), points)):
+        running.reached(round)
+        victim, after, dead = rng.choice(NAMES), rng.uniform(0, 3), rng.uniform(0, 3)
+        time.sleep(after)
+        killed.append((len(running.rows()) + 1, victim))
+        begun = time.monotonic()
+        cluster.kill(victim)
+        time.sleep(dead)
+        cluster.back(victim)
+        seconds.append(time.monotonic() - begun)
+    rows = running.well(rounds, 300).rows()
+    assert [row["round"] for row in rows] == list(range(1, rounds + 1))
+    assert rows[-1]["failed"] == {} and set(rows[-1]["votes"]) == set(NAMES), "all are back"
+    for row in rows:
+        assert row["failed"].keys() <= {victim for at, victim in killed if at <= row["round"]}, row["failed"]
+    seen = f"(round, victim): {killed}; missed: {failures(rows)}"
+    note(f"kill -9 of envoys at {points} points of {rounds} rounds, seed {seed}", seen, max(seconds))
 
 
 def test_an_envoy_that_stays_away_is_named_and_the_round_goes_on(cluster):
@@ -165,12 +190,13 @@ def test_ctrl_c_stops_the_run_and_neither_the_next_nor_itself_is_lost(cluster, u
 
 
 def test_a_notebook_that_is_killed_can_be_attached_again_and_the_next_waits_its_turn(cluster):
-    running = cluster.notebook(["rounds=12", "local_epochs=30"]).reached(1)
-    _, name = running.submitted()
-    running.process.kill()
+    running = cluster.notebook(["rounds=12", "local_epochs=30"])
+    run, name = running.submitted()
     second = cluster.notebook(["rounds=1"])
+    running.reached(1).process.kill()
     attached = cluster.notebook(wish="attach", name=name)
     assert [row["round"] for row in attached.well(12).rows()] == list(range(1, 13)) and attached.model()
+    assert json.loads((attached.folder / "history.json").read_text())["run"] == run
     assert "1 experiment(s) before this one; it waits for its turn" in second.well(1).log.read_text()
 
 
@@ -205,8 +231,9 @@ def small_disk(tmp_path):
 
 def test_an_envoy_whose_disk_is_full_ends_and_is_back_when_there_is_space(cluster, small_disk):
     cluster.kill("Amsterdam")
-    (cluster.folder / "Amsterdam").rename(cluster.folder / "aside")
-    (cluster.folder / "Amsterdam").symlink_to(small_disk)
+    runs = cluster.place / "runs" / "Amsterdam"
+    runs.rename(runs.with_name("aside"))
+    runs.symlink_to(small_disk)
     cluster.back("Amsterdam")
     (small_disk / "filler").write_bytes(bytes(1 << 20))
     process, started = cluster.processes["Amsterdam"], time.monotonic()
@@ -216,7 +243,11 @@ def test_an_envoy_whose_disk_is_full_ends_and_is_back_when_there_is_space(cluste
     assert rows[-1]["failed"].keys() == {"Amsterdam"}
     (small_disk / "filler").unlink()
     cluster.back("Amsterdam")
-    assert cluster.notebook(["rounds=1"]).well(1).rows()[0]["failed"] == {}
+    assert cluster.notebook(["rounds=1", "participant_timeout=40"]).well(1).rows()[0]["failed"] == {}
+    cluster.kill("Amsterdam")
+    runs.unlink()
+    runs.with_name("aside").rename(runs)
+    cluster.back("Amsterdam")
     note("an envoy's disk full", "it ends with code 1; the round goes on", waited)
 
 
@@ -230,3 +261,33 @@ def test_a_director_whose_disk_is_full_goes_on_without_keeping(cluster, small_di
         assert "cannot be kept at the director: [Errno 28] No space left" in running.log.read_text()
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+def test_make_run_is_interrupted_by_ctrl_c_and_goes_on_with_resume(tmp_path):
+    results = tmp_path / "results"
+
+    def make(*variables):
+        settings = [f"BIN={Path(sys.executable).parent}", f"RESULTS={results}", "SET=rounds=5 hidden=16 width=16"]
+        return subprocess.Popen(
+            ["make", "--assume-old=.venv/ready", "run", *settings, *variables], cwd=ROOT, start_new_session=True,
+            stdout=(tmp_path / "log").open("w"), stderr=subprocess.STDOUT, text=True,
+            env=os.environ | {"CROWDGUARD_RUNS": str(tmp_path / "runs")},
+        )  # fmt: skip
+
+    def reached():
+        return json.loads((results / "history.json").read_text()) if (results / "history.json").exists() else {}
+
+    interrupted, deadline = make(), time.monotonic() + 400
+    while len(reached().get("federation", [])) < 2:
+        assert interrupted.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.2)
+    descendants, started = psutil.Process(interrupted.pid).children(recursive=True), time.monotonic()
+    os.killpg(interrupted.pid, signal.SIGINT)
+    assert interrupted.wait(timeout=60) != 0
+    waited, before = time.monotonic() - started, reached()
+    assert psutil.wait_procs(descendants, timeout=10)[1] == [], "nothing is left running"
+    assert f"run {before['run']} at" in (tmp_path / "log").read_text(), "its name can be read"
+    assert make(f"RESUME={before['run']}").wait(timeout=500) == 0, (tmp_path / "log").read_text()[-3000:]
+    rows = reached()["federation"]
+    assert [row["round"] for row in rows] == [1, 2, 3, 4, 5] and rows[:2] == before["federation"][:2]
+    note("Ctrl-C in make run, then make run RESUME", f"went on after round {len(before['federation'])}", waited)
