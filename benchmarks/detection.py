@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -251,6 +252,37 @@ def main():
     if not args.table:
         run(args.folder, settings, args.seeds, args.results, not args.rates_only)
     print(table(args.results).to_string())
+    picture(args.results, args.results.with_suffix(".png"))
+
+
+def picture(path: Path, target: Path) -> None:
+    """Who is found, a panel a crowd: mean TPR over the seeds, a line for each trigger, a dot for each seed."""
+    rows = pd.read_csv(path, keep_default_na=False, na_values=[""]).fillna({"alpha": 0, "evasion": ""})
+    rows = rows[(rows["pdr"] == 0.5) & (rows["scale"] == 1) & rows["evasion"].isin(["", "orthogonal"])]
+    rows["kind"] = rows["trigger"] + rows["evasion"].map({"": "", "orthogonal": ", orthogonal"})
+    kinds, crowds = (
+        sorted(rows["kind"].unique(), key=lambda kind: ("," in kind, kind)),
+        rows.groupby(["alpha", "attackers"]),
+    )
+    size = (2.6 * len(crowds) + 1.5, 0.24 * len(kinds) + 1)
+    figure, axes = plt.subplots(1, len(crowds), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    for axis, ((alpha, attackers), part) in zip(axes[0], crowds, strict=True):
+        for rule, colour, shift in (("crowd", "tab:blue", -0.15), ("paper", "tab:orange", 0.15)):
+            found = part[part["rule"] == rule]
+            heights = found["kind"].map(kinds.index) + shift
+            axis.plot(found["tpr"], heights, ".", color=colour, alpha=0.35, markersize=5)
+            mean = found.groupby("kind")["tpr"].mean()
+            axis.plot(
+                mean, [kinds.index(kind) + shift for kind in mean.index], "D", color=colour, label=rule, markersize=5
+            )
+        axis.set(
+            title=f"{attackers} of ten, {f'Dirichlet {alpha:g}' if alpha else 'IID'}", xlim=(-0.05, 1.05), xlabel="TPR"
+        )
+        axis.grid(axis="y", alpha=0.3)
+    axes[0][0].set_yticks(range(len(kinds)), kinds)
+    axes[0][0].invert_yaxis()
+    axes[0][0].legend(frameon=False)
+    figure.savefig(target, dpi=110)
 
 
 def table(path: Path) -> pd.DataFrame:
