@@ -19,6 +19,9 @@ FEDERATION := $(BIN)/python local/federation.py --participants $(PARTICIPANTS) -
               $(foreach change,$(ENVOY),--set $(change))
 NOTEBOOK   := $(BIN)/python experimenter/run.py --config $(CONFIG) --results $(RESULTS) $(if $(RESUME),--resume $(RESUME)) $(foreach change,$(SET),--set $(change))
 
+# Tests that do not wait for each other's processes, a file at a time on each of two cores.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
 # Of the faults `make test` tries one of each kind; `make faults` tries all, and links that are cut; `make soak` many at random.
 SHORT := -k "not FedAvg and not 2] and not 6-10 and not hangs and not make_run and not other_settings and not restarted_while"
 
@@ -42,14 +45,14 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/pytest
+	$(PARALLEL)
 	$(BIN)/pytest tests/live/test_hostile.py tests/live/test_faults.py $(SHORT)
 	SOAK_ROUNDS=8 $(BIN)/pytest tests/live/test_soak.py
 	$(BIN)/python local/federation.py -- $(BIN)/pytest --nbmake --nbmake-timeout=900 tests/live/test_live.py FederatedCrowdGuard.ipynb
 
 # For daily work: lint and the tests that train nothing.
 check: lint
-	$(BIN)/pytest -m "not slow" -x
+	$(PARALLEL) -m "not slow"
 
 faults: .venv/ready
 	$(BIN)/pytest tests/live/test_hostile.py tests/live/test_faults.py tests/live/test_links.py

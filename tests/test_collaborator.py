@@ -8,6 +8,8 @@ import grpc
 import pytest
 from conftest import ROOT, load_module
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def collaborator(monkeypatch):

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from conftest import ROOT, load_module
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def server():

@@ -23,6 +23,8 @@ sys.path.append(str(ROOT / "director"))
 
 import certificates  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CODE = grpc.StatusCode
 
 

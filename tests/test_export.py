@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from envoy.channel import PROTOCOL
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 

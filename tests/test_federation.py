@@ -23,6 +23,8 @@ sys.path[:0] = [str(ROOT / "director"), str(ROOT / "local")]
 import certificates  # noqa: E402
 import federation  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def test_four_participants_are_the_four_yaml_files(private_attributes):
     made = federation.participant_settings(4, 1, "localhost:50051")

@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["Amsterdam", "Bangalore", "Chandler", "Detroit"]
 ATTACK = {"first_round": 2, "scale": 4, "accomplices": ["Detroit"]}
 

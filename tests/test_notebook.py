@@ -11,6 +11,8 @@ import torch
 import yaml
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"rounds": 2, "local_epochs": 1, "hidden": 16, "width": 32}
 
 

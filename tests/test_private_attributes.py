@@ -634,6 +634,7 @@ def test_files_that_are_no_text_are_named_with_their_encoding(private_attributes
         private_attributes.read_settings(path)
 
 
+@pytest.mark.slow
 def test_no_yaml_no_certificates_and_no_director(tmp_path):
     assert "there is no such file" in start_envoy(tmp_path / "none.yaml")[1]
     path = tmp_path / "right.yaml"
@@ -644,6 +645,7 @@ def test_no_yaml_no_certificates_and_no_director(tmp_path):
     assert "right.yaml: director: nobody answers at localhost:1" in start_envoy(path)[1]
 
 
+@pytest.mark.slow
 def test_the_folder_is_complete_on_its_own_and_as_a_package(tmp_path):
     """As the owner has it, who starts it by its path; and as the notebook imports it."""
     shutil.copytree(ROOT / "envoy", tmp_path / "anywhere")

@@ -15,6 +15,8 @@ import yaml
 from conftest import ROOT
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "docs" / "your-own.md").read_text()
 BLOCKS = {(kind, name): code for kind, name, code in re.findall(r"```(python|yaml) (\w+)\n(.*?)```", PAGE, re.DOTALL)}
 NAMES = ["Amsterdam", "Bangalore", "Chandler", "Detroit"]

@@ -62,6 +62,7 @@ def published_suspects(experiment, published, origin, models, own, loader):
             del model.predict_internal_states
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("count", "crowds"), [(4, 16), (5, 13), (7, 9), (10, 6), (20, 3)])
 def test_the_paper_rule_is_the_published_one_on_trained_nets(

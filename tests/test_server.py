@@ -21,6 +21,8 @@ sys.path.append(str(ROOT / "director"))
 
 import certificates  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CODE = grpc.StatusCode
 SERVICE = aggregator_pb2.DESCRIPTOR.services_by_name["Aggregator"].full_name
 MEMBERS = ["Amsterdam", "Bangalore"]

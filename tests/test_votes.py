@@ -36,6 +36,7 @@ def rogue_patterns(models: int, rogues: int):
             yield np.column_stack(trusted + others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("models", "rogues"), [(3, 1), (4, 1), (5, 1), (5, 2), (6, 1), (6, 2), (7, 1), (7, 2), (7, 3)])
 def test_no_coalition_below_half_decides(experiment, models, rogues):
     honest = np.tile([1] * (models - rogues) + [0] * rogues, (models - rogues, 1))
