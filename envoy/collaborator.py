@@ -155,8 +155,8 @@ class DirectorClient(EnvoyDirectorClient):
             with contextlib.suppress(ConnectionError):
                 if error.code() is grpc.StatusCode.NOT_FOUND:  # the director has been restarted
                     self.connect_envoy(envoy_name)
-                else:
-                    self.connect()
+                    return 0  # it waits for a heartbeat already
+                self.connect()
             return PAUSE
 
 

@@ -178,3 +178,31 @@ def test_a_refusal_is_final(collaborator):
     with pytest.raises(ConnectionError, match="the aggregator at localhost:1 refuses: words"):
         client.insist(call)
     assert len(tries) == 1
+
+
+class Lost(grpc.RpcError):
+    """What a director says that has been restarted."""
+
+    def code(self):
+        return grpc.StatusCode.NOT_FOUND
+
+    def details(self):
+        return "unknown envoy"
+
+
+def test_a_director_that_has_been_restarted_hears_of_the_envoy_at_once(collaborator, monkeypatch):
+    """Else it would take it for offline until the next heartbeat, and a notebook would find nobody."""
+    said = []
+
+    def status(request, timeout):
+        said.append("heartbeat")
+        raise Lost
+
+    stub = SimpleNamespace(
+        UpdateEnvoyStatus=status,
+        EnvoyConnectionRequest=lambda request: said.append("joins") or SimpleNamespace(accepted=True),
+    )
+    monkeypatch.setattr(collaborator.DirectorClient, "connect", lambda self: setattr(self, "stub", stub))
+    client = collaborator.DirectorClient("localhost:1", "Amsterdam", None)
+    assert client.send_health_check("Amsterdam", False) == 0
+    assert said == ["heartbeat", "joins"]

@@ -44,6 +44,9 @@ def head(**fields):
     return instead(lambda report: message(fields))
 
 
+SAME = "trigger red_square, target 2, source None"  # what the others' backdoor test measures
+
+
 class Exploit:
     """Leaves a file behind wherever it is unpickled."""
 
@@ -135,7 +138,11 @@ PAYLOADS = [
     ("train", "fed_avg_aggregation", forged_next_step),
     ("train", PARTS, instead(lambda report: pickle.dumps({"execute_task_args": None}))),
     ("train", PARTS, instead(lambda report: b"\x00garbage\xff" * 99)),
-    ("evaluate", None, head(images=10**9, main_accuracy=1.0, backdoor_images=10**9, backdoor_accuracy=0.0)),
+    (
+        "evaluate",
+        None,
+        head(images=10**9, main_accuracy=1.0, backdoor_images=10**9, backdoor_accuracy=0.0, backdoor=SAME),
+    ),
     ("evaluate", "not a report: images", head(images=10**10, main_accuracy=1.0)),
     ("train", "train: more than", instead(lambda report: report + bytes(30_000_000))),
     ("train", PARTS, instead(lambda report: pickle.dumps(Exploit()))),
@@ -154,6 +161,11 @@ PAYLOADS = [
     ("evaluate", "no answer within", lambda client, number, report: None),
     ("train", None, checkpoint),
     ("train", None, no_protobuf),
+    (
+        "evaluate",
+        r"measures another backdoor \(x forged row \) than",
+        head(main_accuracy=1.0, images=5, backdoor="x\nforged row\n"),
+    ),
 ]
 
 

@@ -190,12 +190,12 @@ def test_ctrl_c_stops_the_run_and_neither_the_next_nor_itself_is_lost(cluster, u
 
 
 def test_a_notebook_that_is_killed_can_be_attached_again_and_the_next_waits_its_turn(cluster):
-    running = cluster.notebook(["rounds=12", "local_epochs=30"])
+    running = cluster.notebook(["rounds=30", "local_epochs=60"])
     run, name = running.submitted()
     second = cluster.notebook(["rounds=1"])
     running.reached(1).process.kill()
     attached = cluster.notebook(wish="attach", name=name)
-    assert [row["round"] for row in attached.well(12).rows()] == list(range(1, 13)) and attached.model()
+    assert [row["round"] for row in attached.well(30).rows()] == list(range(1, 31)) and attached.model()
     assert json.loads((attached.folder / "history.json").read_text())["run"] == run
     assert "1 experiment(s) before this one; it waits for its turn" in second.well(1).log.read_text()
 
