@@ -133,8 +133,8 @@ class Federation:
             "METAFLOW_USER": "experimenter",
             "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait take the cores from the other processes
         }
-        self.processes, self.guarded = {}, []
-        self.guardian = None
+        self.processes = {}
+        self.guardian = self.command = None
 
     def __enter__(self):
         try:
@@ -193,14 +193,13 @@ class Federation:
         with self.log(name).open("w") as log:
             self.processes[name] = subprocess.Popen(
                 [*within, sys.executable, "-u", *command], cwd=self.folder / name, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=self.guard,
                 env=self.environment | {"OMP_NUM_THREADS": str(threads)},
             )  # fmt: skip
-        self.guard(self.processes[name])
 
-    def guard(self, process) -> None:
-        self.guarded.append(process)
-        print(process.pid, file=self.guardian.stdin, flush=True)
+    def guard(self) -> None:
+        """Tells the guardian of this very process: before its program starts, lest this be ended in between."""
+        os.write(self.guardian.stdin.fileno(), f"{os.getpid()}\n".encode())
 
     def wait_for(self, name: str, ready) -> None:
         started = time.monotonic()
@@ -221,18 +220,17 @@ class Federation:
 
     def run(self, command: list[str]) -> int:
         """Runs the command beside the federation; returns its exit code, raises `SystemExit` if a process dies."""
-        running = subprocess.Popen(command, env=self.environment, start_new_session=True)
-        self.guard(running)
-        while running.poll() is None:
+        self.command = subprocess.Popen(command, env=self.environment, start_new_session=True, preexec_fn=self.guard)
+        while self.command.poll() is None:
             self.check()
             time.sleep(0.5)
-        return running.returncode
+        return self.command.returncode
 
     def stop(self) -> None:
         """Has the guardian end everything, or does so itself if the guardian is gone."""
         if self.guardian:
             self.guardian.stdin.close()
-            for process in self.guarded:
+            for process in filter(None, [*self.processes.values(), self.command]):
                 try:
                     process.wait(timeout=30)
                 except subprocess.TimeoutExpired:
