@@ -43,6 +43,9 @@ export: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cp FederatedCrowdGuard.ipynb clean.ipynb
+	$(BIN)/nbdev-clean --fname clean.ipynb
+	cmp clean.ipynb FederatedCrowdGuard.ipynb; differ=$$?; rm clean.ipynb; exit $$differ
 
 test: lint
 	$(PARALLEL)

@@ -10,7 +10,8 @@
 | `config.participant_timeout` | seconds without a heartbeat after which a participant is missing |
 | `config.min_participants` | without so many the run ends; None: more than half |
 | `largest_report(step)` | bytes that an answer to a participant's step may have |
-| `pack_task()` of a participant's clone | what it is sent, as bytes |
+| `pack_task(model)` of a participant's clone | what it is sent, as bytes; with the model if it was started anew |
+| `current` | the packed global model |
 | `history`, `global_model` or `current` | what the notebook gets in the end, and what is kept after every round |
 | `settings()` | what a run that goes on must have in common with the one that it continues |
 
@@ -44,7 +45,7 @@ from openfl.experimental.workflow.protocols import aggregator_pb2, aggregator_pb
 from openfl.experimental.workflow.transport import AggregatorGRPCServer
 from openfl.protocols.utils import proto_to_datastream
 
-PROTOCOL = 2  # 1 was OpenFL's own: pickles
+PROTOCOL = 3  # 1 was OpenFL's own: pickles
 LOGGER = "FederatedCrowdGuard"
 LONGEST_REASON = 300  # characters of what a participant says went wrong
 WAIT = 5  # seconds a participant's question for a task may wait for one; it asks again
@@ -62,6 +63,7 @@ class Assignment:
     number: int
     step: str
     clone: Any
+    anew: bool = False  # whether the participant has been started anew and lacks what it was sent before
     traffic: list = field(default_factory=list)  # a row for each time it has been sent
 
 
@@ -89,7 +91,7 @@ class Aggregator(aggregator.Aggregator):
         self.open, self.count, self.traffic = {}, 0, []  # `open`: participant → the assignment it has not answered yet
         self.changed, self.answered = asyncio.Condition(), asyncio.Event()
         self.silence, self.tell, self.keep, self.stopped, self.state = silence, tell, keep, None, None
-        self.steps, self.warned = set(), set()
+        self.largest_answer, self.served, self.warned = 0, {}, set()  # `served`: participant → its process
 
     async def run_flow(self) -> None:
         """Runs the flow to its end, or to its first error, and leaves in `state` what came of it."""
@@ -110,6 +112,8 @@ class Aggregator(aggregator.Aggregator):
         known = self.known
         model = getattr(known, "global_model", None) or getattr(known, "current", None) or b""
         self.state = State(getattr(known, "history", []), self.traffic, error, model)
+        self.flow, self.clones_dict, self.instance_snapshot = None, {}, None  # the state is all that is asked for now
+        FLSpec._reset_clones()
 
     @property
     def known(self):
@@ -159,7 +163,7 @@ class Aggregator(aggregator.Aggregator):
 
     async def ask(self, step: str) -> None:
         """Gives the step to the participants that the flow has selected."""
-        self.steps.add(step)
+        self.largest_answer = max(self.largest_answer, self.known.largest_report(step))  # the last one's may come late
         for name in self.selected_collaborators:
             self.count += 1
             self.open[name] = Assignment(self.count, step, self.clones_dict[name])
@@ -230,7 +234,7 @@ class Aggregator(aggregator.Aggregator):
 
     # --- What the participants ask ---
 
-    async def get_tasks(self, name: str) -> tuple:
+    async def get_tasks(self, name: str, process: str = "") -> tuple:
         """Number, step and message of the participant's task, again if it has not answered; and whether it is over."""
         with contextlib.suppress(TimeoutError):
             async with self.changed, asyncio.timeout(WAIT):
@@ -239,7 +243,9 @@ class Aggregator(aggregator.Aggregator):
         if assignment is None:
             self.quit_job_sent_to += [name] if self.time_to_quit else []
             return 0, "", b"", self.time_to_quit
-        message = assignment.clone.pack_task()
+        assignment.anew |= self.served.get(name, process) != process
+        self.served[name] = process
+        message = assignment.clone.pack_task(self.known.current if assignment.anew else None)
         row = {"round": self.known.round, "step": assignment.step, "participant": name, "down": len(message)}
         if len(assignment.traffic) < REPEATS:  # a row for everything that somebody asks would fill the memory
             assignment.traffic.append(row | {"given": time.time()})
@@ -257,10 +263,6 @@ class Aggregator(aggregator.Aggregator):
             report = f"{assignment.step}: more than {most} bytes"
         if self.take(name, assignment, report):
             assignment.traffic[-1].update(up=len(message), taken=time.time())
-
-    def largest_answer(self, name: str) -> int:
-        """Bytes that the participant may send: as many as any step's answer has, since this one's may come late."""
-        return max((self.known.largest_report(step) for step in self.steps), default=0)
 
     def warn_once(self, name: str, words: str) -> None:
         """Logs it for the first time alone: who is to be warned of may go on for ever."""
@@ -360,7 +362,7 @@ class Server(AggregatorGRPCServer):
     async def GetTasks(self, request, context):  # noqa: N802
         async with self.caller(context) as name:
             await self.check(request.header, name, context)
-            number, step, message, over = await self.aggregator.get_tasks(name)
+            number, step, message, over = await self.aggregator.get_tasks(name, instance_of(context))
             answer = {"round_number": number, "function_name": step, "execution_environment": message, "quit": over}
             for part in proto_to_datastream(aggregator_pb2.GetTasksResponse(header=self.get_header(name), **answer)):
                 yield part
@@ -379,7 +381,7 @@ class Server(AggregatorGRPCServer):
 
     async def collect(self, stream, name: str, context) -> bytes:
         """The stream's bytes; as soon as they are too many the sender is out of the round."""
-        assignment, most = self.aggregator.open.get(name), self.aggregator.largest_answer(name)
+        assignment, most = self.aggregator.open.get(name), self.aggregator.largest_answer
         collected = bytearray()
         async for part in stream:
             collected += part.npbytes

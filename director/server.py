@@ -6,7 +6,6 @@ import functools
 import importlib
 import json
 import logging
-import math
 import os
 import socket
 import sys
@@ -236,8 +235,8 @@ class Director(director.Director):
         return period
 
     def silence(self, participant: str) -> float:
-        """Seconds since the participant's last heartbeat."""
-        return self.clock.seconds - self.heard.get(participant, -math.inf)
+        """Seconds since the participant's last heartbeat, or since the director has been started."""
+        return self.clock.seconds - self.heard.get(participant, 0)
 
 
 class Experiment(experiment.Experiment):
@@ -297,6 +296,9 @@ class Experiment(experiment.Experiment):
         if wish.get("resume"):
             state, flow.current = checkpoints.load(folder)
             flow.history = resumed(state, flow)
+            self.collaborators = sorted(
+                {*self.collaborators, *state["participants"]}
+            )  # who is not back yet comes later
         settings = {"settings": flow.settings(), "participants": self.collaborators}
 
         def keep(history, model):

@@ -42,13 +42,16 @@ def shown(value) -> str:
 
 
 def config_table() -> str:
-    cells = [cell.source for cell in nbformat.read(ROOT / "FederatedCrowdGuard.ipynb", as_version=4).cells]
-    first = next(i for i, source in enumerate(cells) if "class Config" in source)
+    cells = nbformat.read(ROOT / "FederatedCrowdGuard.ipynb", as_version=4).cells
+    first, last = (
+        next(i for i, cell in enumerate(cells) if tag in cell.metadata.get("tags", []))
+        for tag in ("imports", "settings")
+    )
     names = {"__name__": "settings"}
-    for source in cells[first - 1 : first + 3]:
-        if source.startswith("#| export"):
-            exec(source, names)
-    meanings = comments(cells[first])
+    for cell in cells[first:last]:
+        if cell.source.startswith("#| export"):
+            exec(cell.source, names)
+    meanings = comments(next(cell.source for cell in cells if "class Config" in cell.source))
     rows = [
         f"| `{name}` | {shown(value)} | {shown(getattr(names['published'], name))} | {meanings.get(name, '')} |"
         for name, value in vars(names["demo"]).items()

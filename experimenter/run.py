@@ -65,7 +65,8 @@ def check(notebook) -> None:
     except (TypeError, ValueError) as error:
         problem = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
         where = ".".join(str(part) for part in problem["loc"])
-        raise SystemExit(f"--set {where}: {problem['msg']}" if where else f"--set: {problem['msg']}") from None
+        reason = problem.get("ctx", {}).get("error", problem["msg"])  # ours without what pydantic says before it
+        raise SystemExit(f"--set {where}: {reason}" if where else f"--set: {reason}") from None
 
 
 class Console:

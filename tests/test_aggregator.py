@@ -30,12 +30,14 @@ def aggregator(module):
     """One in the middle of a flow, without OpenFL's part of it."""
     made = object.__new__(module.Aggregator)
     made.flow, made.kwargs, made.time_to_quit, made.quit_job_sent_to = Flow(), {"include": ["task"]}, False, []
-    made.open, made.count, made.traffic, made.steps, made.warned = {}, 0, [], set(), set()
+    made.open, made.count, made.traffic, made.largest_answer, made.served, made.warned = {}, 0, [], 0, {}, set()
     made.changed, made.answered = asyncio.Condition(), asyncio.Event()
     made.selected_collaborators = made.authorized_cols = NAMES
     made.silent = dict.fromkeys(NAMES, 0)
     made.silence, made.stopped = made.silent.get, None
-    made.clones_dict = {n: SimpleNamespace(task=n, pack_task=lambda n=n: f"task of {n}".encode()) for n in NAMES}
+    made.clones_dict = {
+        n: SimpleNamespace(task=n, pack_task=lambda model, n=n: f"task of {n}".encode() + (model or b"")) for n in NAMES
+    }
     return made
 
 
@@ -52,6 +54,24 @@ def test_a_task_is_given_again_until_it_is_answered(aggregator, module, monkeypa
     asyncio.run(play())
     assert [row["step"] for row in aggregator.traffic] == ["train", "train"], "both have travelled"
     assert vars(aggregator.clones_dict["Amsterdam"]).keys() == {"pack_task", "report"}
+
+
+def test_who_is_started_anew_gets_the_global_model_until_it_has_answered(aggregator, module, monkeypatch):
+    monkeypatch.setattr(module, "WAIT", 0.01)
+    aggregator.flow.current = b" and the model"
+
+    async def play():
+        async def asked_by(process):
+            return (await aggregator.get_tasks("Amsterdam", process))[2]
+
+        await aggregator.ask("train")
+        assert await asked_by("first") == await asked_by("first") == b"task of Amsterdam"
+        assert await asked_by("second") == await asked_by("second") == b"task of Amsterdam and the model"
+        aggregator.send_task_results("Amsterdam", 1, b"update", "")
+        await aggregator.ask("evaluate")
+        assert await asked_by("second") == b"task of Amsterdam", "it holds it now"
+
+    asyncio.run(play())
 
 
 def test_only_the_first_answer_to_the_task_itself_counts(aggregator):
@@ -86,7 +106,7 @@ def test_a_reason_instead_of_a_report_is_kept_short(aggregator, module):
 
 
 def test_nobody_may_send_anything_before_it_was_asked_and_never_more_than_a_step_s_answer(aggregator):
-    assert aggregator.largest_answer("Amsterdam") == 0
+    assert aggregator.largest_answer == 0
     aggregator.flow.largest_report = {"train": 100, "evaluate": 10}.get
 
     async def play():
@@ -96,7 +116,7 @@ def test_nobody_may_send_anything_before_it_was_asked_and_never_more_than_a_step
         await aggregator.get_tasks("Amsterdam")
 
     asyncio.run(play())
-    assert aggregator.largest_answer("Amsterdam") == 100, "a late answer to train is read, and costs nobody its task"
+    assert aggregator.largest_answer == 100, "a late answer to train is read, and costs nobody its task"
     aggregator.send_task_results("Amsterdam", 1, bytes(50), "")
     assert "Amsterdam" in aggregator.open
     aggregator.send_task_results("Amsterdam", 3, bytes(50), "")
@@ -146,7 +166,7 @@ THREE = [*NAMES, "Chandler"]
 def of_three(aggregator):
     aggregator.selected_collaborators = aggregator.authorized_cols = THREE
     aggregator.silent.update(Chandler=0)
-    aggregator.clones_dict["Chandler"] = SimpleNamespace(task="", pack_task=lambda: b"task")
+    aggregator.clones_dict["Chandler"] = SimpleNamespace(task="", pack_task=lambda model: b"task")
     return aggregator
 
 

@@ -87,7 +87,7 @@ def participant(collaborator):
     return made
 
 
-def plan(protocol=2):
+def plan(protocol=3):
     return SimpleNamespace(
         config={"contract": {"protocol": protocol, "run": "one"}, "federated_flow": {"template": "src.flow.Flow"}}
     )
@@ -113,13 +113,13 @@ def test_every_experiment_runs_its_own_code(participant, workspace):
         assert private == {"data": "images", "memory": {"folder": Path("runs/one")}}
 
 
-@pytest.mark.parametrize("protocol", [1, 3, None])
+@pytest.mark.parametrize("protocol", [1, 2, 4, None])
 def test_an_envoy_of_another_protocol_says_so_in_every_answer(collaborator, participant, workspace, protocol):
     workspace.write_text("raise SystemExit('must not run')")
     client = Client(task("train", 1))
     collaborator.Collaborator("Amsterdam", client, *participant.prepare(plan(protocol))).run()
     [(_, report, failure)] = client.answers
-    assert report == b"" and f"the experiment speaks protocol {protocol} and envoy/ 2" in failure
+    assert report == b"" and f"the experiment speaks protocol {protocol} and envoy/ 3" in failure
 
 
 @pytest.mark.parametrize(

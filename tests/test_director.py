@@ -25,7 +25,7 @@ def port():
         return probe.getsockname()[1]
 
 
-def archive(folder, name: str, code: str, port: int, protocol: int = 2):
+def archive(folder, name: str, code: str, port: int, protocol: int = 3):
     """What the notebook sends: a plan, and code."""
     plan = {
         "aggregator": {"defaults": "", "template": "", "settings": {"rounds_to_train": 1}},
@@ -91,11 +91,11 @@ def test_a_taken_port_is_named(server, tmp_path, monkeypatch):
     assert f"port {taken} cannot be used" in state.error
 
 
-@pytest.mark.parametrize("protocol", [1, 3, None, "2"])
+@pytest.mark.parametrize("protocol", [1, 2, 4, None, "3"])
 def test_a_notebook_of_another_protocol_is_refused_in_one_line(server, tmp_path, monkeypatch, port, protocol):
     monkeypatch.chdir(tmp_path)
     [(state, _)] = states_of(server, [archive(tmp_path, "only", "raise SystemExit('must not run')", port, protocol)])
-    assert f"the notebook speaks protocol {protocol}, the director 2" in state.error
+    assert f"the notebook speaks protocol {protocol}, the director 3" in state.error
     assert len(state.error.splitlines()) == 1
 
 

@@ -1,12 +1,15 @@
 """What director and envoys receive."""
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from conftest import load_module
 
 from envoy.channel import PROTOCOL
 
@@ -49,3 +52,20 @@ def test_export_writes_plan_code_and_requirements(tmp_path, monkeypatch):
     code = (workspace / "src" / "experiment.py").read_text()
     assert "config = dataclasses.replace(published, rounds=3)" in code
     assert "matplotlib" not in code
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("rule=foo", "--set rule: Input should be 'crowd' or 'paper'"),
+        ("rounds=0", "--set rounds: "),
+        ("round=3", "--set round: Unexpected keyword argument"),
+        ("patience=60", "--set: patience is participant_timeout now"),
+        ("stamped_images=0", "--set: stamped_images is no setting any more"),
+    ],
+)
+def test_a_wrong_setting_is_told_before_anything_is_started(change, told):
+    run = load_module("run", ROOT / "experimenter" / "run.py")
+    notebook = run.with_settings(nbformat.read(run.NOTEBOOK, as_version=4), "demo", [run.parse_change(change)])
+    with pytest.raises(SystemExit, match=re.escape(told)):
+        run.check(notebook)

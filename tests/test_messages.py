@@ -3,6 +3,7 @@
 import json
 import pickle
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,22 @@ def test_a_task_arrives_as_it_left(experiment, **parts):
     task = experiment.Task(**parts)
     arrived = experiment.unpack_task(experiment.pack_task(task))
     assert arrived == task and list(arrived.updates) == list(task.updates)
+
+
+@pytest.mark.parametrize(
+    ("task", "version"),
+    [({"round": 3}, 3), ({"round": 3, "version": 4, "delta": b"to 4"}, 4)],
+    ids=["train", "evaluate"],
+)
+def test_who_is_started_anew_holds_what_the_others_hold_after_its_task(experiment, task, version):
+    model = torch.nn.Linear(2, 2)
+    packed = experiment.pack_model(model.state_dict())
+    sender, memory = SimpleNamespace(task=experiment.Task(**task)), {}
+    as_usual = experiment.unpack_task(experiment.FederatedCrowdGuard.pack_task(sender))
+    assert as_usual == sender.task
+    anew = experiment.unpack_task(experiment.FederatedCrowdGuard.pack_task(sender, packed))
+    experiment.update_copy(memory, anew, model)
+    assert (memory["global_model"], memory["version"]) == (packed, version)
 
 
 @given(st.lists(st.binary(max_size=30), max_size=6), st.integers(0, 8))

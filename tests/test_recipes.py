@@ -8,11 +8,12 @@ import re
 import sys
 from dataclasses import replace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, load_module
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -59,6 +60,22 @@ def own(experiment, monkeypatch):
 
 
 @pytest.fixture
+def with_choice(tmp_path):
+    """The experiment of a notebook with a recipe's cell before `Config`."""
+
+    def load(name):
+        from openfl.experimental.workflow.notebooktools import CodeAnalyzer
+
+        notebook = nbformat.read(ROOT / "FederatedCrowdGuard.ipynb", as_version=4)
+        choices = next(i for i, cell in enumerate(notebook.cells) if "AGGREGATIONS = {" in cell.source)
+        notebook.cells.insert(choices + 1, nbformat.v4.new_code_cell(BLOCKS["python", name]))
+        nbformat.write(notebook, tmp_path / "choice.ipynb")
+        return load_module(f"experiment_{name}", CodeAnalyzer(tmp_path / "choice.ipynb", tmp_path).script_path)
+
+    return load
+
+
+@pytest.fixture
 def run(experiment, own, tmp_path, monkeypatch):
     from openfl.experimental.workflow.interface import Aggregator, Collaborator
     from openfl.experimental.workflow.runtime import LocalRuntime
@@ -78,7 +95,7 @@ def run(experiment, own, tmp_path, monkeypatch):
         read = private_attributes.Settings.model_validate(mine)
         return private_attributes.participant(**read.model_dump(exclude={"director"}))
 
-    def go(settings=None, **config):
+    def go(settings=None, experiment=experiment, **config):
         people = [
             Collaborator(name=n, private_attributes_callable=functools.partial(attributes, n, settings or {}))
             for n in NAMES
@@ -89,7 +106,8 @@ def run(experiment, own, tmp_path, monkeypatch):
         with contextlib.redirect_stdout(io.StringIO()):
             flow.run()
         assert [row["failed"] for row in flow.history] == [{}] * flow.config.rounds
-        assert all(row["votes"].keys() == set(NAMES) for row in flow.history)
+        if flow.config.aggregation == "CrowdGuard":
+            assert all(row["votes"].keys() == set(NAMES) for row in flow.history)
         return flow
 
     return go
@@ -134,6 +152,24 @@ def test_labels_flipped(run):
     assert 0 <= flow.history[-1]["backdoor_accuracy"] <= 1
 
 
+def test_an_aggregation(with_choice, run):
+    flow = run(experiment=with_choice("krum"), aggregation="Krum")
+    assert all(len(row["accepted"]) == 3 and row["votes"] == {} for row in flow.history)
+    assert flow.history[1]["excluded"] == ["Detroit"]
+
+
+def test_a_rule(with_choice, run):
+    flow = run(experiment=with_choice("rule"), rule="farthest")
+    assert [row["excluded"] for row in flow.history] == [[], ["Detroit"]]
+
+
+def test_a_choice_that_nobody_has_made_is_told_at_once(experiment):
+    with pytest.raises(ValueError, match="'CrowdGuard' or 'FedAvg'"):
+        replace(experiment.demo, aggregation="Krum")
+    with pytest.raises(ValueError, match="'crowd' or 'paper'"):
+        replace(experiment.demo, rule="farthest")
+
+
 def test_an_optimiser(own, experiment, run, monkeypatch):
     own[1]("optimiser")
     rates, make = [], experiment.make_optimizer
@@ -144,6 +180,6 @@ def test_an_optimiser(own, experiment, run, monkeypatch):
 
 
 def test_no_recipe_is_longer_than_ten_lines_and_none_is_left_out():
-    used = {"resnet", "vit", "folder", "grey", "table", "trigger", "attack", "optimiser"}
+    used = {"resnet", "vit", "folder", "grey", "table", "trigger", "attack", "krum", "rule", "optimiser"}
     assert {name for _, name in BLOCKS} == used
     assert all(len([line for line in code.splitlines() if line.strip()]) <= 10 for code in BLOCKS.values())

@@ -38,13 +38,12 @@ class Steps:
         self.instances, self.taken, self.answers, self.hurry = {}, [], [], threading.Event()
         self.hurry.set()
 
-    async def get_tasks(self, name):
+    async def get_tasks(self, name, process):
         while not self.hurry.is_set():
             await asyncio.sleep(0.05)
         return 7, "train", b"task of " + name.encode(), False
 
-    def largest_answer(self, name):
-        return 1000
+    largest_answer = 1000
 
     def warn_once(self, name, words):
         pass
