@@ -19,11 +19,12 @@ FEDERATION := $(BIN)/python local/federation.py --participants $(PARTICIPANTS) -
               $(foreach change,$(ENVOY),--set $(change))
 NOTEBOOK   := $(BIN)/python experimenter/run.py --config $(CONFIG) --results $(RESULTS) $(if $(RESUME),--resume $(RESUME)) $(foreach change,$(SET),--set $(change))
 
-# Tests that do not wait for each other's processes, a file at a time on each of two cores.
-PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+# Tests that do not wait for each other's processes, on two cores.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=15
 
 # Of the faults `make test` tries one of each kind; `make faults` tries all, and links that are cut; `make soak` many at random.
-SHORT := -k "not FedAvg and not 2] and not 6-10 and not hangs and not make_run and not other_settings and not restarted_while"
+SHORT := -k "not FedAvg and not 2] and not 6-10 and not hangs and not make_run and not other_settings and not restarted_while \
+         and not goes_on_without and not is_missed"
 
 .PHONY: run notebook export test check faults soak lint clean
 
@@ -49,9 +50,9 @@ lint: .venv/ready
 
 test: lint
 	$(PARALLEL)
-	$(BIN)/pytest tests/live/test_hostile.py tests/live/test_faults.py $(SHORT)
+	$(BIN)/pytest --durations=0 tests/live/test_hostile.py tests/live/test_faults.py $(SHORT)
 	SOAK_ROUNDS=8 $(BIN)/pytest tests/live/test_soak.py
-	$(BIN)/python local/federation.py -- $(BIN)/pytest --nbmake --nbmake-timeout=900 tests/live/test_live.py FederatedCrowdGuard.ipynb
+	$(BIN)/python local/federation.py -- $(BIN)/pytest --nbmake --nbmake-timeout=900 --durations=0 tests/live/test_live.py FederatedCrowdGuard.ipynb
 
 # For daily work: lint and the tests that train nothing.
 check: lint

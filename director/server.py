@@ -296,9 +296,8 @@ class Experiment(experiment.Experiment):
         if wish.get("resume"):
             state, flow.current = checkpoints.load(folder)
             flow.history = resumed(state, flow)
-            self.collaborators = sorted(
-                {*self.collaborators, *state["participants"]}
-            )  # who is not back yet comes later
+            # Who is not back yet comes later.
+            self.collaborators = sorted({*self.collaborators, *state["participants"]})
         settings = {"settings": flow.settings(), "participants": self.collaborators}
 
         def keep(history, model):

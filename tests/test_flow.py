@@ -52,7 +52,7 @@ def run(experiment, private_attributes, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)  # metaflow writes into the current folder
     monkeypatch.setenv("METAFLOW_USER", "tests")
-    tiny = replace(experiment.demo, rounds=2, local_epochs=1, hidden=16)
+    tiny = replace(experiment.demo, rounds=2, local_epochs=1, hidden=16, width=16)
 
     def attributes(name, changes):
         data = {"index": NAMES.index(name), "train_samples": 40, "test_samples": 30}
@@ -207,10 +207,10 @@ def test_chunks_of_one_megabyte_change_nothing_but_the_number_of_messages(experi
         return inspect_models(config, task, *rest)
 
     monkeypatch.setattr(experiment, "inspect_models", counted)
-    whole = run()
+    whole = run(width=32)
     assert len(handed) == 2 * 4
     handed.clear()
-    parts = run(message_mb=1)
+    parts = run(width=32, message_mb=1)
     assert len(handed) == 2 * 4 * 4
     assert sum(complete for _, complete in handed) == 2 * 4
     assert {models for models, _ in handed} == {1}
@@ -315,7 +315,7 @@ names, data = json.loads(sys.argv[2]), {"train_samples": 40, "test_samples": 30}
 with contextlib.redirect_stdout(sys.stderr):
     bring = [functools.partial(private_attributes.participant, n, data | {"index": i}) for i, n in enumerate(names)]
     participants = [Collaborator(name=n, private_attributes_callable=f) for n, f in zip(names, bring)]
-    config = replace(experiment.demo, rounds=2, local_epochs=1, hidden=16)
+    config = replace(experiment.demo, rounds=2, local_epochs=1, hidden=16, width=16)
     flow = experiment.FederatedCrowdGuard(config)
     flow.runtime = LocalRuntime(Aggregator(name="aggregator"), participants, backend=sys.argv[1], num_actors=2)
     flow.run()

@@ -54,11 +54,11 @@ def play(tmp_path, monkeypatch):
     monkeypatch.setenv("CROWDGUARD_CERTIFICATES", str(tmp_path))
     monkeypatch.syspath_prepend(str(ROOT))
 
-    def go(names=("Ann", "Ben", "Eve"), attackers=("Eve",), data=None, net=None, **settings):
+    def go(names=("Ann", "Ben", "Eve"), attackers=("Eve",), data=None, net=None, until="## The federation", **settings):
         write_envoys(envoys, names, attackers, data or {})
         values, printed = {"__name__": "notebook"}, io.StringIO()
         cells = nbformat.read(ROOT / "FederatedCrowdGuard.ipynb", as_version=4).cells
-        last = next(i for i, cell in enumerate(cells) if cell.source.startswith("## The federation"))
+        last = next(i for i, cell in enumerate(cells) if cell.source.startswith(until))
         with contextlib.redirect_stdout(printed):
             for cell in cells[:last]:
                 if cell.cell_type == "code":
@@ -98,8 +98,13 @@ def test_with_other_nets(play, net):
     ],
 )
 def test_where_the_participants_do_not_fit_the_figures_show_the_demo(play, changes, reason):
-    _, printed = play(**changes)
+    _, printed = play(until="## Local training", **changes)
     assert "The figures show the demo" in printed and reason in printed
+
+
+def test_all_figures_can_be_of_the_demo(play):
+    values, _ = play(classes=3)
+    assert values["names"] == ["Amsterdam", "Bangalore", "Chandler", "Detroit"] and not values["shown"]
 
 
 def test_a_run_that_is_over_before_the_attack_begins_is_told(play):

@@ -158,6 +158,14 @@ def test_an_aggregation(with_choice, run):
     assert flow.history[1]["excluded"] == ["Detroit"]
 
 
+def test_an_aggregation_that_accepts_all(with_choice, run):
+    experiment = with_choice("median")
+    flow = run(experiment=experiment, aggregation="Median")
+    assert all(row["accepted"] == NAMES and row["excluded"] == [] for row in flow.history)
+    untrained, trained = experiment.initial_model(flow.config).state_dict(), experiment.load(flow.global_model)
+    assert not any(trained[name].equal(untrained[name]) for name in untrained)
+
+
 def test_a_rule(with_choice, run):
     flow = run(experiment=with_choice("rule"), rule="farthest")
     assert [row["excluded"] for row in flow.history] == [[], ["Detroit"]]
@@ -180,6 +188,6 @@ def test_an_optimiser(own, experiment, run, monkeypatch):
 
 
 def test_no_recipe_is_longer_than_ten_lines_and_none_is_left_out():
-    used = {"resnet", "vit", "folder", "grey", "table", "trigger", "attack", "krum", "rule", "optimiser"}
+    used = {"resnet", "vit", "folder", "grey", "table", "trigger", "attack", "krum", "median", "rule", "optimiser"}
     assert {name for _, name in BLOCKS} == used
     assert all(len([line for line in code.splitlines() if line.strip()]) <= 10 for code in BLOCKS.values())
