@@ -26,7 +26,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=15
 SHORT := -k "not FedAvg and not 2] and not 6-10 and not hangs and not make_run and not other_settings and not restarted_while \
          and not goes_on_without and not is_missed"
 
-.PHONY: run notebook export test check faults soak lint clean
+.PHONY: run notebook export test test-alone test-federation check faults soak lint clean
 
 run: .venv/ready
 	$(NOTEBOOK) --check
@@ -48,10 +48,17 @@ lint: .venv/ready
 	$(BIN)/nbdev-clean --fname clean.ipynb
 	cmp clean.ipynb FederatedCrowdGuard.ipynb; differ=$$?; rm clean.ipynb; exit $$differ
 
+# The federation waits half of its time, in which the tests that need none go on. Faults are timed, so they have the
+# machine for themselves.
 test: lint
-	$(PARALLEL)
+	$(MAKE) --jobs 2 test-alone test-federation
 	$(BIN)/pytest --durations=0 tests/live/test_hostile.py tests/live/test_faults.py $(SHORT)
 	SOAK_ROUNDS=8 $(BIN)/pytest tests/live/test_soak.py
+
+test-alone: .venv/ready
+	$(PARALLEL)
+
+test-federation: .venv/ready
 	$(BIN)/python local/federation.py -- $(BIN)/pytest --nbmake --nbmake-timeout=900 --durations=0 tests/live/test_live.py FederatedCrowdGuard.ipynb
 
 # For daily work: lint and the tests that train nothing.

@@ -89,8 +89,8 @@ def test_random_updates_overlap_by_chance_only(experiment, rng):
 
 def test_skew_is_taken_out(experiment, rng):
     """Two updates that share nothing but the class gradients are not alike without them."""
-    gradient = torch.from_numpy(rng.normal(size=(OUTPUTS * 9, 1)))
-    skew = torch.linalg.qr(gradient)[0]
+    gradient = torch.from_numpy(rng.normal(size=(1, OUTPUTS * 9)))
+    skew = gradient / gradient.norm()
     updates = [20 * gradient.view(OUTPUTS, 9) + torch.from_numpy(rng.normal(size=(OUTPUTS, 9))) for _ in range(2)]
     plain, cleared = ([experiment.principal_directions(u, s)[None] for u in updates] for s in (None, skew))
     assert experiment.overlap([plain[0]], [plain[1]]) > 3 * experiment.overlap([cleared[0]], [cleared[1]])
@@ -99,14 +99,14 @@ def test_skew_is_taken_out(experiment, rng):
 def test_class_gradients_are_those_of_plain_loops(experiment, conv_models, images):
     origin, _ = conv_models
     origin.eval()
-    found = experiment.class_directions(origin, images, "cpu")
+    found = experiment.class_directions(origin, images)
     assert list(found) == experiment.middle_layers(origin) and len(found) == 4
     name = list(found)[0]
     pixels, labels = images.dataset.tensors
     loss = torch.nn.functional.cross_entropy(origin(pixels[labels == 3]), labels[labels == 3], reduction="sum")
     gradient = torch.autograd.grad(loss, origin.get_parameter(name))[0].flatten()
     saturated = gradient / (gradient.abs() + experiment.SATURATION * gradient.abs().mean())
-    inside = found[name] @ (found[name].T @ saturated)
+    inside = found[name].T @ (found[name] @ saturated)
     torch.testing.assert_close(inside, saturated, rtol=1e-2, atol=1e-2)
 
 

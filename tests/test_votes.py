@@ -1,6 +1,6 @@
 """The server's side: who decides when voters err, collude, are few, or send nonsense."""
 
-from itertools import combinations_with_replacement, product
+from itertools import combinations_with_replacement, permutations, product
 
 import numpy as np
 import pytest
@@ -28,12 +28,18 @@ def test_few_voters_and_unanimous_ones(experiment, votes, accepted, rule):
 def rogue_patterns(models: int, rogues: int):
     """All votes `(rogues, models)` of a coalition against voters who trust the first models and not the last `rogues`.
 
-    Models on the same side are interchangeable, so it is enough to take their columns in one order.
+    Models on the same side are interchangeable, and so are the rogues: one order of columns and rows is enough.
     """
-    columns = [np.array(c) for c in product((0, 1), repeat=rogues)]
+    columns = [*product((0, 1), repeat=rogues)]
+
+    def reordered(sides, order):
+        return [sorted(tuple(column[row] for row in order) for column in side) for side in sides]
+
     for trusted in combinations_with_replacement(columns, models - rogues):
         for others in combinations_with_replacement(columns, rogues):
-            yield np.column_stack(trusted + others)
+            sides = [[*trusted], [*others]]
+            if all(sides <= reordered(sides, order) for order in permutations(range(rogues))):
+                yield np.array(trusted + others).T
 
 
 @pytest.mark.slow
