@@ -7,6 +7,7 @@ for all participants. Everything is taken down again when the command ends, on C
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import signal
@@ -163,7 +164,7 @@ class Federation:
             file = self.folder / "envoys" / f"{name}.yaml"
             file.write_text(yaml.safe_dump(settings, sort_keys=False))
             runs = Path(self.environment["CROWDGUARD_RUNS"], name)
-            self.spawn(name, [ROOT / "envoy" / "start.py", file, "--certificates", certificates, "--runs", runs])
+            self.spawn(name, self.program("envoy", file, certificates, runs))
         for name in self.settings:
             self.wait_for(name, lambda name=name: "is connected to the director" in self.log(name).read_text())
 
@@ -173,8 +174,13 @@ class Federation:
         period = yaml.safe_load((ROOT / "director" / "director.yaml").read_text())["envoy_health_check_period"]
         file.write_text(yaml.safe_dump({"port": port, "envoy_health_check_period": period}))
         runs = Path(self.environment["CROWDGUARD_RUNS"], "director")
-        self.spawn("director", [ROOT / "director" / "start.py", file, "--certificates", certificates, "--runs", runs])
+        self.spawn("director", self.program("director", file, certificates, runs))
         self.wait_for("director", self.director_listens)
+
+    def program(self, kind: str, file: Path, certificates: Path, runs: Path) -> list:
+        """The command of a director or envoy; other federations may have the same `runs`."""
+        options = {"--certificates": certificates, "--runs": runs, "--work": self.folder / file.stem / "work"}
+        return [ROOT / kind / "start.py", file, *itertools.chain(*options.items())]
 
     def director_listens(self) -> bool:
         host, _, port = self.address.rpartition(":")

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 import yaml
 from conftest import ROOT
@@ -84,6 +85,14 @@ def director(place):
 
 def ours(place, name="Amsterdam"):
     return channel.Identity.of(name, place / "certificates")
+
+
+def test_another_federation_with_the_same_runs_leaves_the_folder_in_which_this_one_works(place, director):
+    other = Running(place)
+    try:
+        assert psutil.Process(director.process.pid).cwd() != psutil.Process(other.process.pid).cwd()
+    finally:
+        other.end()
 
 
 def test_who_fits_is_let_in(place, director):
