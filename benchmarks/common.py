@@ -11,6 +11,8 @@ import pandas as pd
 from nbdev.export import nb_export
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "docs" / "figures"
 sys.path.insert(0, str(ROOT / "envoy"))
 
 import private_attributes  # noqa: E402, F401

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import ROOT, append, arguments, done
+from common import RESULTS, append, arguments, done
 from rounds import (
     JUDGING,
     TRIGGERS,
@@ -36,7 +36,6 @@ from scipy import stats
 from tqdm import tqdm
 
 matplotlib.use("Agg")
-RESULTS = ROOT / "benchmarks" / "results"
 KINDS = {"norms": ["norms"], "effects": ["effects"], "kinship": ["kinship"]}  # what can speak in a first round
 PARTITIONS = (None, 0.5)
 

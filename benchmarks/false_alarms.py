@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from common import append, arguments, done
-from detection import RESULTS, Inspected, rules
+from common import RESULTS, append, arguments, done
+from detection import Inspected, rules
 from rounds import Crowd, Role, experiment
 from tqdm import tqdm
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
-from common import ROOT, append, done
+from common import RESULTS, ROOT, append, done
 from tqdm import tqdm
 
-RESULTS = ROOT / "benchmarks" / "federation.csv"
+TABLE = RESULTS / "federation.csv"
 ENVOYS = {"data.source": "image_folder", "data.train_samples": 256, "data.test_samples": 128, "attack.first_round": 1}
 CONFIG = {"rounds": 2, "rule": "crowd", "validation_samples": 128}
 DTYPES = ("bfloat16", "float32")
@@ -87,17 +87,17 @@ def step_row(history: list[dict], number: int, step: str, hand_overs: list) -> d
 
 
 def run(folder: Path, repetitions: int) -> None:
-    known = done(RESULTS, "repetition", "dtype")
+    known = done(TABLE, "repetition", "dtype")
     missing = [(r, dtype) for r in range(repetitions) for dtype in DTYPES if (r, dtype) not in known]
     for repetition, dtype in tqdm(missing, desc="federations"):
         written, peak = history_of(folder, dtype)
         where = {"repetition": repetition, "dtype": dtype}
-        append(RESULTS, [where | row | {"peak_gb": round(peak, 2)} for row in steps(written)])
+        append(TABLE, [where | row | {"peak_gb": round(peak, 2)} for row in steps(written)])
 
 
 def main(folder: Path, repetitions: int) -> None:
     run(folder, repetitions)
-    rows = pd.read_csv(RESULTS)
+    rows = pd.read_csv(TABLE)
     rows["total_mb"] = rows["down_mb"] + rows["up_mb"]
     print(rows.groupby(["dtype", "round", "step"], sort=False).median().drop(columns="repetition").round(2).to_string())
     print(rows.groupby(["dtype", "repetition", "round"])["total_mb"].sum().groupby(["dtype", "round"]).median())

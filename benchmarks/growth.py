@@ -21,12 +21,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import ROOT, append, done, load_experiment, private_attributes
+from common import FIGURES, RESULTS, append, done, load_experiment, private_attributes
 from inspection import Peak
 from tqdm import tqdm
 
 matplotlib.use("Agg")
-RESULTS = ROOT / "benchmarks" / "growth.csv"
+TABLE = RESULTS / "growth.csv"
 PARTICIPANTS = (4, 10, 20, 40, 70, 100)
 IMAGES = 12
 
@@ -80,7 +80,7 @@ def measure(participants: int) -> dict:
 
 
 def run(repetitions: int) -> None:
-    known = done(RESULTS, "repetition", "participants")
+    known = done(TABLE, "repetition", "participants")
     missing = [(r, n) for r in range(repetitions) for n in PARTICIPANTS if (r, n) not in known]
     for repetition, participants in tqdm(missing, desc="numbers of participants"):
         command = [sys.executable, __file__, str(participants)]
@@ -88,7 +88,7 @@ def run(repetitions: int) -> None:
             environment = os.environ | {"METAFLOW_USER": "benchmark"}
             ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
         measured = json.loads(ended.stdout.splitlines()[-1])
-        append(RESULTS, [{"repetition": repetition, "participants": participants} | measured])
+        append(TABLE, [{"repetition": repetition, "participants": participants} | measured])
 
 
 def figure(rows: pd.DataFrame) -> None:
@@ -109,13 +109,13 @@ def figure(rows: pd.DataFrame) -> None:
         middle.index, forward * middle.index, ls="--", color="gray", lw=1, label=f"forward passes, {forward:.2g} N"
     )
     axes[0].legend(frameon=False, fontsize=8, loc="lower right")
-    picture.savefig(RESULTS.with_suffix(".png"), dpi=110)
+    picture.savefig(FIGURES / "growth.png", dpi=110)
 
 
 def main(folder: Path, repetitions: int) -> None:
     """Does not need the folder."""
     run(repetitions)
-    rows = pd.read_csv(RESULTS)
+    rows = pd.read_csv(TABLE)
     print(rows.groupby("participants").median().to_string())
     figure(rows)
 

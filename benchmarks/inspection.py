@@ -22,12 +22,12 @@ import openfl
 import pandas as pd
 import psutil
 import torch
-from common import ROOT, append, done, load_experiment
+from common import FIGURES, RESULTS, append, done, load_experiment
 from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
 matplotlib.use("Agg")
-RESULTS = ROOT / "benchmarks" / "inspection.csv"
+TABLE = RESULTS / "inspection.csv"
 PUBLISHED = "openfl-tutorials/experimental/workflow/CrowdGuard/CrowdGuardClientValidation.py"
 WAYS = ("bare forward", "published", "paper", "crowd")
 
@@ -128,17 +128,17 @@ def measure(point: Point) -> dict:
 
 def run(repetitions: int) -> None:
     """Appends what is missing in the CSV, repetition after repetition."""
-    known = done(RESULTS, "repetition", *asdict(points()[0]))
+    known = done(TABLE, "repetition", *asdict(points()[0]))
     missing = [(r, p) for r in range(repetitions) for p in points() if (r, *asdict(p).values()) not in known]
     for repetition, point in tqdm(missing, desc="measurements"):
         command = [sys.executable, __file__, json.dumps(asdict(point))]
         answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-        append(RESULTS, [{"repetition": repetition} | asdict(point) | json.loads(answer)])
+        append(TABLE, [{"repetition": repetition} | asdict(point) | json.loads(answer)])
 
 
 def table() -> pd.DataFrame:
     """Medians over the repetitions, and of the paired ratios to bare forward passes with their range."""
-    rows = pd.read_csv(RESULTS)
+    rows = pd.read_csv(TABLE)
     where = ["width", "models", "samples"]
     bare = rows[rows.way == "bare forward"].set_index(["repetition", *where])["seconds"]
     rows["ratio"] = rows["seconds"] / bare.loc[pd.MultiIndex.from_frame(rows[["repetition", *where]])].to_numpy()
@@ -167,7 +167,7 @@ def figure(summary: pd.DataFrame) -> None:
         axis.set_xticks(full["samples"].unique(), labels=full["samples"].unique(), minor=False)
         axis.xaxis.set_minor_locator(NullLocator())
     axes[0].legend(frameon=False, fontsize=8)
-    picture.savefig(RESULTS.with_suffix(".png"), dpi=110)
+    picture.savefig(FIGURES / "inspection.png", dpi=110)
 
 
 def main(folder: Path, repetitions: int) -> None:

@@ -17,8 +17,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import append, arguments, done
-from detection import RESULTS, rates
+from common import RESULTS, append, arguments, done
+from detection import rates
 from rounds import (
     Crowd,
     Setting,
