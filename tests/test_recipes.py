@@ -107,8 +107,7 @@ def run(experiment, own, tmp_path, monkeypatch):
             flow.run()
         assert [row["failed"] for row in flow.history] == [{}] * flow.config.rounds
         if flow.config.aggregation == "CrowdGuard":
-            voters = flow.config.validators_per_round or len(NAMES)
-            assert all(len(row["votes"]) == voters for row in flow.history)
+            assert all(row["votes"].keys() == set(NAMES) for row in flow.history)
         return flow
 
     return go
@@ -121,7 +120,7 @@ def yaml_of(name):
 @pytest.mark.parametrize("net", ["resnet", "vit"])
 def test_a_net(own, run, net):
     own[1](net)
-    flow = run(validators_per_round=2)
+    flow = run()
     assert flow.history[1]["attackers"] == ["Detroit"]
     assert flow.history[1]["excluded"] == ["Detroit"]
 
