@@ -187,6 +187,10 @@ class Cluster(Federation):
         self.kill("director")
         self.restart("director")
 
+    def program(self, *what):
+        """As one starts it by hand, without `--work`: it works on the disk of its `runs`."""
+        return super().program(*what)[:-2]
+
     def spawn(self, name, command, within=()):
         self.commands[name] = command
         super().spawn(name, command, within or self.within.get(name, ()))

@@ -217,12 +217,12 @@ def test_a_run_that_goes_on_without_somebody_has_it_back_as_soon_as_it_comes(clu
 
 
 def test_a_notebook_that_is_killed_can_be_attached_again_and_the_next_waits_its_turn(cluster):
-    running = cluster.notebook(["rounds=15", "local_epochs=60"])
+    running = cluster.notebook(["rounds=30", "local_epochs=60"])
     run, name = running.submitted()
     second = cluster.notebook(["rounds=1"])
     running.reached(1).process.kill()
     attached = cluster.notebook(wish="attach", name=name)
-    assert [row["round"] for row in attached.well(15).rows()] == list(range(1, 16)) and attached.model()
+    assert [row["round"] for row in attached.well(30).rows()] == list(range(1, 31)) and attached.model()
     assert json.loads((attached.folder / "history.json").read_text())["run"] == run
     assert "1 experiment(s) before this one; it waits for its turn" in second.well(1).log.read_text()
 
