@@ -171,7 +171,7 @@ def processes_of(place: Path) -> list[str]:
 
 def left_at_work(cluster: Cluster) -> list[str]:
     """Files of experiments that are over, in the folders in which director and envoys work."""
-    folders = [cluster.runs / name / f".{name}" for name in ("director", *NAMES)]
+    folders = [next((cluster.runs / name).glob(f".{name}-*")) for name in ("director", *NAMES)]
     return [str(path) for folder in folders for path in folder.iterdir() if path.name != ".metaflow"]
 
 
