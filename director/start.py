@@ -85,7 +85,7 @@ def main():
     parser.add_argument("config", type=Path, nargs="?", default=Path(__file__).with_name("director.yaml"))
     parser.add_argument("--certificates", type=Path, default=Path("certificates"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder in which every round is kept")
-    parser.add_argument("--work", type=Path, help="folder for an experiment's code while it runs, emptied at the start")
+    parser.add_argument("--work", type=Path, help="where it makes a folder to work in, and empties it; default: --runs")
     args = parser.parse_args()
     config = read_config(args.config)
     files = {part: (args.certificates / part).absolute() for part in ("ca.crt", "director.crt", "director.key")}
@@ -105,7 +105,7 @@ def main():
     except OSError as error:
         raise SystemExit(f"{args.config}: port: {error}") from None
     args.runs = args.runs.absolute()
-    work_in(args.work or args.runs / f".director-{config['port']}")
+    work_in((args.work or args.runs) / f".director-{config['port']}")
     translate_handshakes()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:

@@ -31,7 +31,7 @@ def main():
     parser.add_argument("settings", type=Path, help="the participant's YAML file")
     parser.add_argument("--certificates", type=Path, default=Path("certificates"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for what it remembers over the rounds")
-    parser.add_argument("--work", type=Path, help="folder for an experiment's code while it runs, emptied at the start")
+    parser.add_argument("--work", type=Path, help="where it makes a folder to work in, and empties it; default: --runs")
     args = parser.parse_args()
 
     import channel
@@ -63,7 +63,7 @@ def main():
     if classes:
         logging.info("classes: %s", ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
     participant = Participant(settings.name, director, identity, bring, args.runs)
-    work_in(args.work or args.runs / f".{settings.name}-{director.replace(':', '-')}")
+    work_in((args.work or args.runs) / f".{settings.name}-{director.replace(':', '-')}")
     try:
         participant.start()
     except ConnectionError as error:

@@ -179,7 +179,7 @@ class Federation:
 
     def program(self, kind: str, file: Path, certificates: Path, runs: Path) -> list:
         """The command of a director or envoy; other federations may have the same `runs`."""
-        options = {"--certificates": certificates, "--runs": runs, "--work": self.folder / file.stem / "work"}
+        options = {"--certificates": certificates, "--runs": runs, "--work": self.folder / file.stem}
         return [ROOT / kind / "start.py", file, *itertools.chain(*options.items())]
 
     def director_listens(self) -> bool:

@@ -38,13 +38,13 @@ def free_port() -> int:
 class Running:
     """A director as a process, from a folder of its own or the project's."""
 
-    def __init__(self, folder: Path, program: Path = ROOT / "director", path: str = ""):
+    def __init__(self, folder: Path, program: Path = ROOT / "director", path: str = "", options: tuple = ()):
         self.port, self.folder, self.log = free_port(), folder, folder / "director.log"
         self.address = f"localhost:{self.port}"
         config = folder / "director.yaml"
         config.write_text(yaml.safe_dump({"port": self.port, "envoy_health_check_period": 5}))
         self.process = subprocess.Popen(
-            [sys.executable, "-u", program / "start.py", config, "--certificates", folder / "certificates"],
+            [sys.executable, "-u", program / "start.py", config, "--certificates", folder / "certificates", *options],
             cwd=folder, stdout=self.log.open("w"), stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": path},
         )  # fmt: skip
         deadline = time.monotonic() + 120
@@ -89,10 +89,17 @@ def ours(place, name="Amsterdam"):
 
 def test_another_federation_with_the_same_runs_leaves_the_folder_in_which_this_one_works(place, director):
     other = Running(place)
-    try:
-        assert psutil.Process(director.process.pid).cwd() != psutil.Process(other.process.pid).cwd()
-    finally:
-        other.end()
+    other.end()
+    assert {folder.name for folder in (place / "runs").glob(".director*")} >= {
+        f".director-{running.port}" for running in (director, other)
+    }
+    assert Path(psutil.Process(director.process.pid).cwd()).name == f".director-{director.port}"
+
+
+def test_a_folder_to_work_in_loses_nothing_that_is_in_it(place, tmp_path):
+    (tmp_path / "mine").write_text("data")
+    Running(place, options=("--work", tmp_path)).end()
+    assert {path.name[:9] for path in tmp_path.iterdir()} == {"mine", ".director"}
 
 
 def test_who_fits_is_let_in(place, director):
