@@ -73,7 +73,7 @@ soak: .venv/ready
 
 .venv/ready: requirements.txt envoy/requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
 	touch $@
 
 clean:

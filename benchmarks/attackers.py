@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from rounds import TARGET, TRIGGERS, Role, Setting, Trained, experiment, poisoned, private_attributes
+from rounds import ALL_TRIGGERS, TARGET, TRIGGERS, Role, Setting, Trained, experiment, poisoned, private_attributes
 from torch import nn
 
 
@@ -123,7 +123,7 @@ def one_each(trained: Trained, setting: Setting) -> list[dict]:
 
 def train_for(trained: Trained, role: Role, target: int) -> dict:
     model, share = copy.deepcopy(trained.global_model), trained.shares[role.participant]
-    data = private_attributes.poison(*share, target, role.pdr, trained.seed, TRIGGERS[role.trigger])
+    data = private_attributes.poison(*share, target, role.pdr, trained.seed, ALL_TRIGGERS[role.trigger])
     fit(model, private_attributes.as_loader(*data, 32, shuffle=True), trained.config.learning_rate)
     return model.state_dict()
 

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import RESULTS, append, arguments, done
+from common import FIGURES, RESULTS, append, arguments, done
 from rounds import (
     JUDGING,
     TRIGGERS,
@@ -75,11 +75,11 @@ def shares_of_attackers() -> list[Setting]:
 
 
 def evasions() -> list[Setting]:
-    """Colluders who send what the rule does not look for, see `attackers.py`."""
+    """Colluders who send what the rule does not look for, see `attackers.py`; and a trigger that is searched for."""
     from attackers import EVASIONS
 
     crowds = [Setting(Crowd(alpha=alpha), k) for alpha in PARTITIONS for k in (2, 4)]
-    return [
+    return [replace(setting, trigger="optimised") for setting in crowds] + [
         replace(setting, evasion=name, trigger=trigger)
         for name, evasion in EVASIONS.items()
         for setting in crowds
@@ -251,7 +251,7 @@ def main():
     if not args.table:
         run(args.folder, settings, args.seeds, args.results, not args.rates_only)
     print(table(args.results).to_string())
-    picture(args.results, args.results.with_suffix(".png"))
+    picture(args.results, FIGURES / f"{args.results.stem}.png")
 
 
 def picture(path: Path, target: Path) -> None:

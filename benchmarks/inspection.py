@@ -1,7 +1,8 @@
 """What inspection costs: this project, the published implementation and bare forward passes, side by side.
 
-Every repetition runs all on the same models and images, one after the other, each in a process of its own; so ratios
-are paired. Peak memory is what a process holds beyond its models and images.
+On the 128 images of the default, for narrow and full nets. Every repetition runs all on the same models and images, one
+after the other, each in a process of its own with one thread; so ratios are paired. Time is the processor's, of a
+second run; peak memory is what the first run holds beyond its models and images.
 """
 
 import contextlib
@@ -23,12 +24,12 @@ import pandas as pd
 import psutil
 import torch
 from common import FIGURES, RESULTS, append, done, load_experiment
-from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
 matplotlib.use("Agg")
 TABLE = RESULTS / "inspection.csv"
 PUBLISHED = "openfl-tutorials/experimental/workflow/CrowdGuard/CrowdGuardClientValidation.py"
+SAMPLES = 128
 WAYS = ("bare forward", "published", "paper", "crowd")
 
 
@@ -42,10 +43,8 @@ class Point:
 
 
 def points() -> list[Point]:
-    """Samples with four full nets, and models with narrow ones."""
-    by_samples = [(4, samples, 64, 4096) for samples in (128, 500, 2000)]
-    by_models = [(models, 128, 32, 512) for models in (4, 10, 20)]
-    return [Point(m, s, way, w, h) for m, s, w, h in by_samples + by_models for way in WAYS]
+    nets = ((32, 512), (64, 4096))
+    return [Point(models, SAMPLES, way, *net) for net in nets for models in (4, 10, 20) for way in WAYS]
 
 
 # --- In a process of its own --------------------------------------------------------------------------------------
@@ -105,6 +104,7 @@ def published(experiment, origin, models, loader):
 
 
 def measure(point: Point) -> dict:
+    torch.set_num_threads(1)
     experiment = load_experiment()
     origin, models, loader = crowd_of(experiment, point)
     run = {
@@ -113,13 +113,14 @@ def measure(point: Point) -> dict:
         "paper": lambda: experiment.validate_models(origin, models, 0, loader, "cpu", "paper"),
         "crowd": lambda: experiment.validate_models(origin, models, 0, loader, "cpu"),
     }[point.way]
-    origin(torch.zeros(64, 3, 32, 32))  # threads and buffers are there from now on
     peak = Peak()
     peak.start()
-    started = time.perf_counter()
     run()
-    seconds = time.perf_counter() - started
     peak.done.set()
+    peak.join()
+    started = time.process_time()
+    run()
+    seconds = time.process_time() - started
     return {"seconds": round(seconds, 3), "peak_mb": round((peak.largest - peak.before) / 1e6, 1)}
 
 
@@ -153,20 +154,19 @@ def table() -> pd.DataFrame:
 
 
 def figure(summary: pd.DataFrame) -> None:
-    """Time against bare forward passes, with the range of the repetitions, and memory; four full nets."""
-    full = summary.xs(64, level="width").droplevel("models").reset_index()
+    """Time against bare forward passes, with the range of the repetitions, and memory; a panel each, by net and way."""
     picture, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, value, title in zip(axes, ("ratio", "peak_mb"), ("time / bare forward passes", "MB"), strict=True):
-        for way, rows in full.groupby("way", sort=False):
-            [line] = axis.plot(rows["samples"], rows[value], marker="o", label=way)
-            if value == "ratio":
-                axis.fill_between(
-                    rows["samples"], rows["least"], rows["most"], color=line.get_color(), alpha=0.15, lw=0
-                )
-        axis.set(title=title, xlabel="samples", yscale="log", xscale="log")
-        axis.set_xticks(full["samples"].unique(), labels=full["samples"].unique(), minor=False)
-        axis.xaxis.set_minor_locator(NullLocator())
-    axes[0].legend(frameon=False, fontsize=8)
+    for (width, way), rows in summary.droplevel("samples").groupby(level=["width", "way"], sort=False):
+        if way == "bare forward":
+            continue
+        rows, style = rows.reset_index(), "-" if width == 64 else "--"
+        label, colour = f"{way}, {'full' if width == 64 else 'narrow'} net", f"C{WAYS.index(way)}"
+        reach = rows["ratio"] - rows["least"], rows["most"] - rows["ratio"]
+        axes[0].errorbar(rows["models"], rows["ratio"], reach, marker="o", color=colour, linestyle=style, label=label)
+        axes[1].plot(rows["models"], rows["peak_mb"], marker="o", color=colour, linestyle=style)
+    for axis, title in zip(axes, ("processor time / bare forward passes", "peak memory, MB"), strict=True):
+        axis.set(title=title, xlabel="models", yscale="log", xticks=[4, 10, 20])
+    axes[0].legend(frameon=False, fontsize=7)
     picture.savefig(FIGURES / "inspection.png", dpi=110)
 
 

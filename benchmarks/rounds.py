@@ -85,6 +85,17 @@ TRIGGERS = {
     "tint": tint,
     "pixels": three_pixels,
 }
+SEARCHED = CACHE / "optimised.safetensors"
+SEARCHED_PIXELS = 36  # as many as the red square has
+
+
+def optimised(images):
+    """Copies of the images with the pixels that `search_trigger` has found."""
+    pattern = load_file(SEARCHED)
+    return torch.where(pattern["where"].bool(), pattern["pixels"], images)
+
+
+ALL_TRIGGERS = TRIGGERS | {"optimised": optimised}
 
 
 # --- Settings -------------------------------------------------------------------------------------------------
@@ -204,7 +215,7 @@ def test_loader(folder: Path, trigger: str = ""):
     """The test images, or with a trigger those that are not of the target class already."""
     pixels, labels = test_images(load_images(folder))
     if trigger:
-        pixels = TRIGGERS[trigger](pixels[labels != TARGET])
+        pixels = ALL_TRIGGERS[trigger](pixels[labels != TARGET])
         labels = torch.full((len(pixels),), TARGET)
     return private_attributes.as_loader(pixels, labels, 256)
 
@@ -227,12 +238,38 @@ def warm_model(images, crowd: Crowd):
         experiment.train(model, private_attributes.as_loader(*mine, 32, shuffle=True), config, "cpu")
         save_atomically(model.state_dict(), path)
     model.load_state_dict(load_file(path))
+    if not SEARCHED.exists():
+        save_atomically(search_trigger(model, share_of(images, order(images)[:1000])[0]), SEARCHED)
     return model
+
+
+def search_trigger(model, images, steps: int = 200) -> dict:
+    """The pixels of a universal trigger, and their values, that take a model's images furthest to the target.
+
+    As DPOT (Li et al. 2024) does in every round: places by the size of the loss's gradient, values by descent on it.
+    """
+    mean, std = private_attributes.normalisation(images, None, None)
+    target = torch.full((len(images),), TARGET)
+
+    def loss(pasted):
+        return F.cross_entropy(model.eval()((pasted - mean) / std), target[: len(pasted)])
+
+    [slope] = torch.autograd.grad(loss(images.requires_grad_()), images)
+    strongest = slope.sum(0).abs().sum(0).flatten().topk(SEARCHED_PIXELS).indices
+    where = torch.zeros(images.shape[2:]).flatten().index_fill(0, strongest, 1).view(1, *images.shape[2:]).bool()
+    values = images.detach().mean(0).clone().requires_grad_()
+    optimizer = torch.optim.Adam([values], lr=0.05)
+    for step in range(steps):
+        optimizer.zero_grad()
+        batch = images.detach().roll(100 * step, 0)[:100]
+        loss(torch.where(where, values.clamp(0, 1), batch)).backward()
+        optimizer.step()
+    return {"where": where.to(torch.uint8), "pixels": values.detach().clamp(0, 1)}
 
 
 def poisoned(share, role: Role, seed: int):
     """A participant's images and labels in a role."""
-    return private_attributes.poison(*share, TARGET, role.pdr, seed, TRIGGERS[role.trigger]) if role.pdr else share
+    return private_attributes.poison(*share, TARGET, role.pdr, seed, ALL_TRIGGERS[role.trigger]) if role.pdr else share
 
 
 def train_one(global_model, share, role: Role, seed: int, config) -> dict:

@@ -1,12 +1,12 @@
 """Ten rounds in a row: real CIFAR-10, ten participants; a faint attack (a tenth of the data of two attackers poisoned,
-updates unscaled), a single attacker, and none.
+updates unscaled), a single attacker, two who attack in every second round, and none.
 
     python benchmarks/ten_rounds.py ~/cifar10
 
 Each round is judged by the default rule, whose validators remember what was sent before, beside the oracle that
 averages the honest models and plain FedAvg, each with a global model of its own. Attackers draw in every round anew
-which of their images they poison. One line a round goes to `benchmarks/results/ten_rounds.csv`, beside it a picture;
-what is there is not run again.
+which of their images they poison. One line a round goes to `benchmarks/results/ten_rounds.csv`; what is there is not
+run again.
 """
 
 from dataclasses import replace
@@ -17,9 +17,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import RESULTS, append, arguments, done
+from common import FIGURES, RESULTS, append, arguments, done
 from detection import rates
 from rounds import (
+    JUDGING,
     Crowd,
     Setting,
     config_of,
@@ -35,19 +36,25 @@ from tqdm import tqdm
 
 matplotlib.use("Agg")
 ROUNDS = 10
+DEFENCES = ("crowd", "oracle", "plain FedAvg")
 PARTS = {
     "faint": Setting(pdr=0.1),
     "quiet": Setting(attackers=0, trigger="", pdr=0),
     "single": Setting(attackers=1),
+    "alternating": Setting(pdr=0.5),
 }
+PAUSES = {"alternating"}  # parts in which attackers behave in every second round
 
 
-def settings(parts) -> list[Setting]:
-    return [replace(PARTS[part], crowd=Crowd(alpha=alpha)) for part in parts for alpha in (None, 0.5)]
-
-
-def defences(setting: Setting) -> tuple:
-    return ("crowd", "oracle", "plain FedAvg") if setting.attackers else ("crowd",)
+def runs(parts, seeds) -> list[tuple]:
+    """(part, setting, seed, defence), what is asked first coming first."""
+    crowds = [
+        (part, replace(PARTS[part], crowd=Crowd(alpha=alpha)), seed)
+        for seed in seeds
+        for part in parts
+        for alpha in (None, 0.5)
+    ]
+    return [(*crowd, d) for crowd in crowds for d in DEFENCES if crowd[1].attackers or d == "crowd"]
 
 
 def ballots(global_model, models, loaders, setting: Setting, pasts: list) -> np.ndarray:
@@ -65,15 +72,16 @@ def ballots(global_model, models, loaders, setting: Setting, pasts: list) -> np.
     return np.array(rows)
 
 
-def play(folder: Path, setting: Setting, seed: int, defence: str) -> list[dict]:
+def play(folder: Path, part: str, setting: Setting, seed: int, defence: str) -> list[dict]:
     """Ten rounds from the warmed-up model; a row each."""
     images, config = load_images(folder), config_of(setting.crowd)
     model, mine = warm_model(images, setting.crowd), shares(images, setting.crowd, seed)
     loaders = [list(validation_loader(share, seed, p)) for p, share in enumerate(mine)]
     rows, pasts, layers = [], [{} for _ in mine], experiment.middle_layers(model)
     for number in range(1, ROUNDS + 1):
+        now = replace(setting, attackers=0) if part in PAUSES and number % 2 == 0 else setting
         reference = model.state_dict()
-        trained = [train_one(model, mine[r.participant], r, seed + 1_000 * number, config) for r in setting.roles]
+        trained = [train_one(model, mine[r.participant], r, seed + 1_000 * number, config) for r in now.roles]
         sent = [experiment.pack_update(state, reference, config.update_dtype) for state in trained]
         states = [experiment.unpack_update(update, reference) for update in sent]
         accepted = np.array([defence != "oracle" or m not in setting.malicious for m in range(len(states))])
@@ -85,22 +93,20 @@ def play(folder: Path, setting: Setting, seed: int, defence: str) -> list[dict]:
             lengths, _ = experiment.look_at_updates(reference, states, {})
             taken = [experiment.clipped_avg(taken, reference, np.median(lengths), layers)]
         model = experiment.with_state(model, experiment.fed_avg(taken)) if taken else model
-        where = {"alpha": setting.crowd.alpha, "attackers": setting.attackers, "pdr": setting.pdr}
-        scores = measure(folder, model, [], setting.trigger)
-        rows.append(where | {"seed": seed, "defence": defence, "round": number} | rates(accepted, setting) | scores)
+        where = {"part": part, "alpha": setting.crowd.alpha, "seed": seed, "defence": defence, "round": number}
+        rows.append(where | rates(accepted, now) | measure(folder, model, [], setting.trigger))
     return rows
 
 
 def missing(parts, seeds, path: Path) -> list[tuple]:
     """What is not in the CSV yet."""
-    jobs = [(setting, seed, d) for seed in seeds for setting in settings(parts) for d in defences(setting)]
-    known = done(path, "alpha", "attackers", "pdr", "seed", "defence")
-    return [(s, seed, d) for s, seed, d in jobs if (s.crowd.alpha or 0, s.attackers, s.pdr, seed, d) not in known]
+    known = done(path, "part", "alpha", "seed", "defence")
+    return [run for run in runs(parts, seeds) if (run[0], run[1].crowd.alpha or 0, *run[2:]) not in known]
 
 
 def picture(rows: pd.DataFrame, path: Path) -> None:
     """Backdoor accuracy over the rounds of the faint attack, mean of the seeds and each of them."""
-    attacked = rows[(rows["pdr"] == 0.1) & (rows["attackers"] > 0)].fillna({"alpha": 0})
+    attacked = rows[rows["part"] == "faint"].fillna({"alpha": 0})
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")
     styles = {"plain FedAvg": ("tab:orange", "--"), "crowd": ("tab:blue", "-"), "oracle": ("black", ":")}
     for axis, (alpha, part) in zip(axes, attacked.groupby("alpha"), strict=False):
@@ -117,19 +123,19 @@ def picture(rows: pd.DataFrame, path: Path) -> None:
 def main():
     parser = arguments(__doc__, parallel=False)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*JUDGING])
     parser.add_argument("--results", type=Path, default=RESULTS / "ten_rounds.csv")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.results.parent.mkdir(exist_ok=True)
-    for setting, seed, defence in tqdm(missing(args.parts, args.seeds, args.results), desc="runs of ten rounds"):
-        append(args.results, play(args.folder, setting, seed, defence))
+    for run in tqdm(missing(args.parts, args.seeds, args.results), desc="runs of ten rounds"):
+        append(args.results, play(args.folder, *run))
     rows = pd.read_csv(args.results)
-    if ((rows["pdr"] == 0.1) & (rows["attackers"] > 0)).any():
-        picture(rows, args.results.with_suffix(".png"))
-    groups = rows.groupby(["alpha", "attackers", "pdr", "defence"], dropna=False)
+    if (rows["part"] == "faint").any():
+        picture(rows, FIGURES / f"{args.results.stem}.png")
+    groups = rows.groupby(["part", "alpha", "defence"], dropna=False)
     print("all rounds", groups[["tpr", "tnr", "main", "backdoor"]].mean().round(3).to_string(), sep="\n")
-    last = rows[rows["round"] == ROUNDS].groupby(["alpha", "attackers", "pdr", "defence"], dropna=False)
+    last = rows[rows["round"] == ROUNDS].groupby(["part", "alpha", "defence"], dropna=False)
     print("the last", last[["main", "backdoor"]].agg(["mean", "max"]).round(3).to_string(), sep="\n")
 
 

@@ -14,8 +14,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "local")]
 from experimenter import run  # noqa: E402
 
 
-@pytest.fixture
-def execute(tmp_path, monkeypatch):
+@pytest.fixture(scope="session")
+def execute(tmp_path_factory):
     """Executes the notebook's exported cells and those that run it on a federation; returns its last output.
 
     The federation is the one that `local/federation.py` has started this with, or the one of `environment`.
@@ -35,12 +35,15 @@ def execute(tmp_path, monkeypatch):
         for cell in notebook.cells:
             cell.source = cell.source.replace(old, new) if old else cell.source
         notebook.cells.append(nbformat.v4.new_code_cell(show))
-        source, output = tmp_path / "source.ipynb", tmp_path / "output.ipynb"
+        folder = tmp_path_factory.mktemp("executed")
+        source, output = folder / "source.ipynb", folder / "output.ipynb"
         nbformat.write(notebook, source)
         places = {key: value for key, value in environment.items() if key.startswith("CROWDGUARD_")}
-        for key, value in (places | {"CROWDGUARD_NOTEBOOK": str(source), "CROWDGUARD_RESULTS": str(tmp_path)}).items():
-            monkeypatch.setenv(key, value)
-        papermill.execute_notebook(source, output, cwd=ROOT, progress_bar=False)
+        places |= {"CROWDGUARD_NOTEBOOK": str(source), "CROWDGUARD_RESULTS": str(folder)}
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in places.items():
+                patch.setenv(key, value)
+            papermill.execute_notebook(source, output, cwd=ROOT, progress_bar=False)
         return nbformat.read(output, as_version=4).cells[-1].outputs[0]["data"]["text/plain"]
 
     return go
