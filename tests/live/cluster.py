@@ -113,6 +113,11 @@ class Link:
                 command(*tc, "del", "dev", end, "root")
 
 
+def heeds_ctrl_c() -> None:
+    """In a process before its program starts: whoever began these tests in the background had Ctrl-C ignored by all."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Notebook:
     """A notebook that runs an experiment, as a process: its exported cells and what connects them to a federation."""
 
@@ -130,7 +135,7 @@ class Notebook:
         environment = cluster.environment | {key: str(value) for key, value in places.items()}
         self.process = subprocess.Popen(
             [*within, sys.executable, "-u", "-c", NOTEBOOK, folder, wish, *([name] if name else [])],
-            cwd=ROOT, stdout=self.log.open("w"), stderr=subprocess.STDOUT, env=environment,
+            cwd=ROOT, stdout=self.log.open("w"), stderr=subprocess.STDOUT, env=environment, preexec_fn=heeds_ctrl_c,
         )  # fmt: skip
 
     def rows(self) -> list[dict]:
@@ -161,6 +166,13 @@ class Notebook:
         """Its log, when it has ended."""
         self.process.wait(timeout=seconds)
         return self.log.read_text()
+
+    def interrupted(self) -> str:
+        """Its log, when it has been ended by Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+        log = self.ended(60)
+        assert self.process.returncode != 0, f"it was over before: {log[-1000:]}"
+        return log
 
     def well(self, rounds: int, seconds: float = 150):
         log = self.ended(seconds)

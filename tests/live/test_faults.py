@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster import NAMES, ROOT, Cluster, note
+from cluster import NAMES, ROOT, Cluster, heeds_ctrl_c, note
 
 FIVE = ["rounds=5", "participant_timeout=40"]  # for runs that are compared bit by bit: nobody may be missed
 
@@ -189,8 +189,7 @@ def test_other_settings_are_refused_when_a_run_goes_on(cluster):
 def test_ctrl_c_stops_the_run_and_neither_the_next_nor_itself_is_lost(cluster, undisturbed):
     running = cluster.notebook(FIVE).reached(2)
     run, started = running.submitted()[0], time.monotonic()
-    running.process.send_signal(signal.SIGINT)
-    running.ended(30)
+    running.interrupted()
     waited = time.monotonic() - started
     cluster.notebook(["rounds=1"]).well(1)
     assert cluster.notebook(FIVE, "resume", run).well(5).model() == undisturbed("CrowdGuard")[0]
@@ -201,8 +200,7 @@ def test_a_run_that_goes_on_without_somebody_has_it_back_as_soon_as_it_comes(clu
     long = ["rounds=30", "local_epochs=30"]  # or the run is over before an envoy has been started
     running = cluster.notebook(long).reached(2)
     run, _ = running.submitted()
-    running.process.send_signal(signal.SIGINT)
-    running.ended(30)
+    running.interrupted()
     cluster.kill("Bangalore")
     time.sleep(5)  # until it is known to be away
     started = time.monotonic()
@@ -298,7 +296,7 @@ def test_make_run_is_interrupted_by_ctrl_c_and_goes_on_with_resume(tmp_path):
         return subprocess.Popen(
             ["make", "--assume-old=.venv/ready", "run", *settings, *variables], cwd=ROOT, start_new_session=True,
             stdout=(tmp_path / "log").open("w"), stderr=subprocess.STDOUT, text=True,
-            env=os.environ | {"CROWDGUARD_RUNS": str(tmp_path / "runs")},
+            env=os.environ | {"CROWDGUARD_RUNS": str(tmp_path / "runs")}, preexec_fn=heeds_ctrl_c,
         )  # fmt: skip
 
     def reached():

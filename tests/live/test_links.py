@@ -5,7 +5,6 @@
 `FAULTS_LOG` names a file to which each test writes what was seen and how long it took.
 """
 
-import signal
 import time
 
 import pytest
@@ -55,8 +54,7 @@ def test_an_envoy_whose_link_is_cut_is_missed_and_comes_back(cluster, interrupte
     how, repaired, before = interrupted(), time.monotonic(), len(running.rows())
     running.until(lambda: "Chandler" in running.rows()[-1]["votes"] and len(running.rows()) > before, 120)
     waited = time.monotonic() - repaired
-    running.process.send_signal(signal.SIGINT)
-    running.ended(60)
+    running.interrupted()
     rows = running.rows()
     reasons = [row["failed"]["Chandler"] for row in rows if row["failed"]]
     assert all(row["failed"].keys() <= {"Chandler"} for row in rows)

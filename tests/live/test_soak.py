@@ -72,8 +72,7 @@ class Faults:
         return ""
 
     def ctrl_c(self) -> str:
-        self.running.process.send_signal(signal.SIGINT)
-        self.running.ended(60)
+        self.running.interrupted()
         self.resume()
         return ""
 
