@@ -174,6 +174,17 @@ class Notebook:
         assert self.process.returncode != 0, f"it was over before: {log[-1000:]}"
         return log
 
+    def until_back(self, name: str) -> list[dict]:
+        """The rows of a run that is ended by Ctrl-C as soon as a participant that was missed has voted again."""
+
+        def back():
+            rows = self.rows()
+            return any(row["failed"] for row in rows) and not rows[-1]["failed"] and name in rows[-1]["votes"]
+
+        self.until(back, 120)
+        self.interrupted()
+        return self.rows()
+
     def well(self, rounds: int, seconds: float = 150):
         log = self.ended(seconds)
         assert self.process.returncode == 0 and len(self.rows()) == rounds, log[-3000:]
