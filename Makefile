@@ -52,7 +52,7 @@ lint: .venv/ready
 # machine for themselves.
 test: lint
 	$(MAKE) --jobs 2 test-alone test-federation
-	$(BIN)/pytest --durations=0 tests/live/test_hostile.py tests/live/test_faults.py $(SHORT)
+	$(BIN)/pytest --durations=0 tests/live/test_faults.py $(SHORT)
 	SOAK_ROUNDS=8 $(BIN)/pytest tests/live/test_soak.py
 
 test-alone: .venv/ready
@@ -60,6 +60,7 @@ test-alone: .venv/ready
 
 test-federation: .venv/ready
 	$(BIN)/python local/federation.py -- $(BIN)/pytest --nbmake --nbmake-timeout=900 --durations=0 tests/live/test_live.py FederatedCrowdGuard.ipynb
+	$(BIN)/pytest tests/live/test_hostile.py
 
 # For daily work: lint and the tests that train nothing.
 check: lint

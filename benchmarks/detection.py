@@ -117,7 +117,9 @@ class Inspected:
 
     def look(self, validator: int, states: list[dict]):
         models = [experiment.with_state(self.trained.global_model, state) for state in states]
-        return experiment.look(self.trained.global_model, models, self.loaders[validator], "cpu", "paper")
+        mine = self.trained.global_model, self.loaders[validator]
+        skew = experiment.class_directions(*mine)
+        return experiment.look(mine[0], models, mine[1], "cpu", "paper", skew)  # with the metrics of both rules
 
     def seen(self, validator: int, roles, states: list[dict]):
         """What the validator sees of these states; those of roles without an evasion are looked at only once."""

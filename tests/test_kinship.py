@@ -96,6 +96,21 @@ def test_skew_is_taken_out(experiment, rng):
     assert experiment.overlap([plain[0]], [plain[1]]) > 3 * experiment.overlap([cleared[0]], [cleared[1]])
 
 
+def test_class_gradients_are_of_the_model_as_it_judges_and_leave_it_alone(experiment, images):
+    """Not as it trains: dropout would draw, and normalisation would count and take statistics from the images."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, OUTPUTS, 3, stride=4),
+        torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.LazyLinear(10),
+    )  # fmt: skip
+    net(next(iter(images))[0])
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    judging = experiment.class_directions(net.eval(), images)
+    training = experiment.class_directions(net.train(), images)
+    assert judging and all(torch.equal(judging[name], training[name]) for name in judging)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
 def test_class_gradients_are_those_of_plain_loops(experiment, conv_models, images):
     origin, _ = conv_models
     origin.eval()
