@@ -152,6 +152,8 @@ class Federation(FederatedRuntime):
                 self.final_state = self.insist(lambda: self._runtime_dir_client.get_flow_state(self.name))
         except KeyboardInterrupt:
             log.warning("stopping the run")
+            # Ctrl-C can leave a lock of the interrupted call taken for ever, on which all calls of its channel wait.
+            self._runtime_dir_client.connect()
             try:
                 self.final_state = self._runtime_dir_client.get_flow_state(self.name, stop=True)
             except (grpc.RpcError, ConnectionError):

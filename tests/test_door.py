@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -408,6 +409,31 @@ def test_an_experiment_that_cannot_be_submitted_ends_in_one_line(place, director
         with pytest.raises(ConnectionError, match=f"the director at {address} .*{words}") as said:
             federation.submit_experiment(archive, "mine")
         assert len(str(said.value).splitlines()) == 1 and not archive.exists()
+
+
+def test_ctrl_c_in_the_middle_of_a_call_does_not_keep_the_run_from_being_stopped(place, director, monkeypatch, caplog):
+    """The interrupted call's lock may stay taken, and the thread that serves its channel then waits for it for ever."""
+    federation = notebook_side(director, place, monkeypatch).Federation()
+    federation.name = "an experiment"
+
+    taken = []
+
+    def interrupted():
+        taken.append(federation._runtime_dir_client.lines(federation.name, 0)._state.condition)
+        taken[0].acquire()
+        time.sleep(1)
+        raise KeyboardInterrupt
+
+    def wait():
+        with pytest.raises(KeyboardInterrupt):
+            federation.get_flow_state()
+        taken[0].release()
+
+    monkeypatch.setattr(federation, "follow", interrupted)
+    notebook = threading.Thread(target=wait, daemon=True)
+    notebook.start()
+    notebook.join(20)
+    assert not notebook.is_alive() and "stopping the run" in caplog.text
 
 
 @pytest.mark.parametrize(("address", "words"), [
