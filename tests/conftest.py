@@ -1,5 +1,6 @@
 """The exported module under test, and small things that several tests need."""
 
+import gc
 import importlib.util
 import sys
 from pathlib import Path
@@ -35,7 +36,9 @@ def exported(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def experiment(exported):
     """The exported module."""
-    return load_module("experiment", exported)
+    module = load_module("experiment", exported)
+    gc.freeze()  # OpenFL's LocalRuntime collects garbage at every step: of all that is imported, a third of a second
+    return module
 
 
 @pytest.fixture(scope="session")

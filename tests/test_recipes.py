@@ -120,7 +120,7 @@ def yaml_of(name):
 @pytest.mark.parametrize("net", ["resnet", "vit"])
 def test_a_net(own, run, net):
     own[1](net)
-    flow = run()
+    flow = run(validation_samples=16)  # a large net takes its time
     assert flow.history[1]["attackers"] == ["Detroit"]
     assert flow.history[1]["excluded"] == ["Detroit"]
 
