@@ -24,7 +24,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=15
 
 # Of the faults CI tries one of each kind; `make faults` tries all, and links that are cut; `make soak` many at random.
 SHORT := -k "not same_model and not many_points and not hangs and not make_run and not other_settings \
-         and not restarted_while and not goes_on_without and not stays_away and not 2]"
+         and not restarted_while and not goes_on_without and not is_missed"
 
 .PHONY: run notebook export test test-alone test-federation check faults-short faults soak lint clean
 

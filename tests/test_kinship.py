@@ -11,7 +11,7 @@ import torch
 OUTPUTS, RANK = 128, 4
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def conv_models(experiment):
     """A global net with middle convolutions and ten local ones; the last three push the same weights further."""
     config = experiment.Config(hidden=16, width=32)
@@ -94,7 +94,10 @@ def test_skew_is_taken_out(experiment, rng):
     gradient = torch.from_numpy(rng.normal(size=(1, OUTPUTS * 9)))
     skew = gradient / gradient.norm()
     updates = [20 * gradient.view(OUTPUTS, 9) + torch.from_numpy(rng.normal(size=(OUTPUTS, 9))) for _ in range(2)]
-    plain, cleared = ([experiment.principal_directions(u, s)[None] for u in updates] for s in (None, skew))
+    plain, cleared = (
+        [experiment.principal_directions(u)[None] for u in experiment.without_skew(torch.stack(updates), s)]
+        for s in (None, skew)
+    )
     assert experiment.overlap([plain[0]], [plain[1]]) > 3 * experiment.overlap([cleared[0]], [cleared[1]])
 
 
