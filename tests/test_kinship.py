@@ -261,6 +261,13 @@ def test_all_equal_accuses_nobody(experiment):
     assert experiment.flagged(experiment.no_evidence(10)._replace(kinship=np.full((10, 10), 0.5)), 0) == set()
 
 
+def test_what_is_no_number_accuses_nobody(experiment):
+    kinship = planted(10, [2, 5])
+    kinship[3, 7] = kinship[7, 3] = np.nan
+    assert experiment.flagged(experiment.no_evidence(10)._replace(kinship=np.full((10, 10), np.nan)), 0) == set()
+    assert experiment.flagged(experiment.no_evidence(10)._replace(kinship=kinship), 0) <= {2, 5}
+
+
 def test_three_who_have_learned_the_same_are_found_on_a_net(experiment, conv_models, images):
     origin, models = conv_models
     for own in range(7):
