@@ -108,7 +108,7 @@ PARTS = {
 
 
 class Inspected:
-    """A crowd whose models are inspected once by each participant; `seen` is what one sees of some states."""
+    """A crowd whose models are inspected once by each participant; `seen` is what one sees of a setting's states."""
 
     def __init__(self, folder: Path, crowd: Crowd, seed: int):
         self.trained = Trained(load_images(folder), crowd, seed)
@@ -121,13 +121,15 @@ class Inspected:
         skew = experiment.class_directions(*mine)
         return experiment.look(mine[0], models, mine[1], "cpu", "paper", skew)  # with the metrics of both rules
 
-    def seen(self, validator: int, roles, states: list[dict]):
-        """What the validator sees of these states; those of roles without an evasion are looked at only once."""
-        new = [role for role in roles if (validator, role) not in self.views]
+    def seen(self, validator: int, setting: Setting, states: list[dict]):
+        """What the validator sees of these states; what others have sent in the same role is looked at only once."""
+        together = setting if setting.evasion else None  # what colluders send depends on all of them
+        roles = [(validator, role, together if role.trigger else None) for role in setting.roles]
+        new = [role for role in roles if role not in self.views]
         if new:
             found = self.look(validator, [states[roles.index(role)] for role in new])
-            self.views |= {(validator, role): found.of([i]) for i, role in enumerate(new)}
-        return experiment.joined([self.views[validator, role] for role in roles])
+            self.views |= {role: found.of([i]) for i, role in enumerate(new)}
+        return experiment.joined([self.views[role] for role in roles])
 
 
 def rules() -> dict:
@@ -168,8 +170,8 @@ def ballots(views: dict, setting: Setting, judge) -> np.ndarray:
 def rows_of(folder: Path, inspected: Inspected, setting: Setting, accuracy: bool) -> list[dict]:
     """A row for each rule, and for the oracle and plain FedAvg."""
     trained, everyone = inspected.trained, range(setting.crowd.participants)
-    roles, states = [(*role_key(role), setting.evasion) for role in setting.roles], states_of(trained, setting)
-    views = {v: inspected.seen(v, roles, states) for v in everyone if v not in setting.malicious}
+    states = states_of(trained, setting)
+    views = {v: inspected.seen(v, setting, states) for v in everyone if v not in setting.malicious}
     accepted = {name: experiment.stacked_clustering(ballots(views, setting, judge)) for name, judge in rules().items()}
     accepted["paper"] = experiment.stacked_clustering(ballots(views, setting, rules()["paper"]), "paper")
     accepted |= {
@@ -189,10 +191,6 @@ def rows_of(folder: Path, inspected: Inspected, setting: Setting, accuracy: bool
             row |= measured[what]
         rows.append(row)
     return rows
-
-
-def role_key(role) -> tuple:
-    return role.participant, role.trigger, role.pdr, role.scale
 
 
 def states_of(trained: Trained, setting: Setting) -> list[dict]:

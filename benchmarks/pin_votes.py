@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 import torch
 from common import ROOT, arguments
-from detection import Inspected, role_key, rules, states_of
+from detection import Inspected, rules, states_of
 from rounds import Crowd, Setting
 
 ROUNDS = [
@@ -30,8 +30,7 @@ def main():
     for number, (seed, alpha, changes) in enumerate(itertools.product(args.seeds, (None, 0.5), ROUNDS)):
         setting = Setting(Crowd(alpha=alpha), **changes)
         inspected = Inspected(args.folder, setting.crowd, seed)
-        roles = [(*role_key(role), setting.evasion) for role in setting.roles]
-        seen = half(inspected.seen(0, roles, states_of(inspected.trained, setting)))
+        seen = half(inspected.seen(0, setting, states_of(inspected.trained, setting)))
         values = seen._asdict() | {f"direction {i}": layer for i, layer in enumerate(seen.directions)}
         del values["directions"]
         values |= {f"by {name}": np.array(sorted(judge(widened(seen), 0)), int) for name, judge in rules().items()}

@@ -181,8 +181,10 @@ def test_the_statistic_is_that_of_its_definition(experiment, rng):
     kinship = honest_pairs(rng, 9)
     pairs = np.sort(kinship[np.triu_indices(9, 1)])
     scatter = np.sqrt(experiment.USUAL_SCATTER * pairs[:28].std(ddof=1))
+    for own in range(9):
+        level = max(np.median(pairs), np.median(np.delete(kinship[own], own)))
+        np.testing.assert_allclose(experiment.standardised(kinship, own), (kinship - level) / scatter)
     near = (kinship - np.median(pairs)) / scatter
-    np.testing.assert_allclose(experiment.standardised(kinship), near)
     expected = (near[1, 4] + near[1, 6] + near[4, 6]) / np.sqrt(2 * 3 * np.log(math.comb(9, 3)))
     grown = list(experiment.grown(near, (1, 4), 9 // 2))
     assert experiment.scan_statistic(near[1, 4] + near[1, 6] + near[4, 6], 3, 9) == pytest.approx(expected)
@@ -195,7 +197,7 @@ def test_the_statistic_is_that_of_its_definition(experiment, rng):
 @pytest.mark.parametrize("colluders", [[3, 8], [0, 2, 5], [1, 4, 6, 9]])
 def test_the_closest_group_is_the_one_among_all(experiment, rng, colluders):
     for _ in range(20):
-        near = experiment.standardised(honest_pairs(rng, 10) + 0.05 * planted(10, colluders, 0, 1))
+        near = experiment.standardised(honest_pairs(rng, 10) + 0.05 * planted(10, colluders, 0, 1), 0)
         found = experiment.closest_group(near, range(10), set(), 4)
         every = [
             (experiment.scan_statistic(sum(near[p] for p in itertools.combinations(group, 2)), size, 10), group)
@@ -222,6 +224,16 @@ def test_crowds_of_whom_nobody_is_kin_accuse_nobody(experiment, rng, models):
     kinship = (honest_pairs(rng, models) for _ in range(rounds))
     accused = [experiment.flagged(experiment.no_evidence(models)._replace(kinship=k), 0) for k in kinship]
     assert sum(map(bool, accused)) <= 0.02 * rounds
+
+
+@pytest.mark.parametrize(("models", "attackers"), [(5, 2), (10, 4), (20, 9)])
+def test_attackers_unlike_everybody_do_not_make_honest_models_look_alike(experiment, rng, models, attackers):
+    """Three standard deviations below the others in all their pairs, which are more than half of all."""
+    unlike, accused = np.arange(models) >= models - attackers, 0
+    for _ in range(100):
+        kinship = honest_pairs(rng, models) - 0.03 * np.logical_or.outer(unlike, unlike)
+        accused += bool(experiment.flagged(experiment.no_evidence(models)._replace(kinship=kinship), 0))
+    assert accused <= 5
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(10, 0), (1, 0.3), (4, -1)])
