@@ -423,3 +423,23 @@ def test_who_has_not_moved_is_nobodys_suspect_and_nobodys_kin(experiment, conv_m
 def test_own_model_alone(experiment, conv_models, images):
     origin, models = conv_models
     assert experiment.validate_models(origin, models[:1], 0, images, "cpu") == []
+
+
+def test_a_participant_started_anew_remembers_the_rounds_before_the_one_it_is_in(experiment, tmp_path):
+    for round in range(1, 6):
+        experiment.keep_memory({"folder": tmp_path / "Ann", "past": {"Bob": np.full(3, round)}}, round)
+    anew, back, first = ({"folder": tmp_path / "Ann"} for _ in range(3))
+    experiment.recall(anew, round=6)
+    assert anew["past"]["Bob"].tolist() == [5, 5, 5]
+    experiment.recall(anew, round=4)
+    assert anew["past"]["Bob"].tolist() == [5, 5, 5], "what it knows already stays"
+    experiment.recall(back, round=4)  # the run goes on from an earlier round
+    assert back["past"]["Bob"].tolist() == [3, 3, 3]
+    experiment.recall(first, round=3)
+    assert "past" not in first and len([*(tmp_path / "Ann").iterdir()]) == experiment.FILES
+
+
+def test_without_a_disk_the_run_goes_on(experiment, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    experiment.keep_memory({"folder": tmp_path / "file" / "Ann", "past": {}}, 1)
+    assert "cannot be kept" in caplog.text

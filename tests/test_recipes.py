@@ -120,9 +120,10 @@ def yaml_of(name):
 @pytest.mark.parametrize("net", ["resnet", "vit"])
 def test_a_net(own, run, net):
     own[1](net)
-    flow = run(validation_samples=16)  # a large net takes its time
-    assert flow.history[1]["attackers"] == ["Detroit"]
-    assert flow.history[1]["excluded"] == ["Detroit"]
+    at_once = {"attack": {"first_round": 1}}
+    flow = run(at_once, rounds=1, validation_samples=16)  # a large net takes its time
+    assert flow.history[0]["attackers"] == ["Detroit"]
+    assert flow.history[0]["excluded"] == ["Detroit"]
 
 
 def test_an_image_folder(run, animals):
