@@ -26,6 +26,9 @@ PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=15
 SHORT := -k "not same_model and not many_points and not hangs and not make_run and not other_settings \
          and not restarted_while and not goes_on_without and not is_missed"
 
+# Where Python must not write bytecode, each of a hundred processes would compile all that it imports, 8 seconds long.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run notebook export test test-alone test-federation check faults-short faults soak lint clean
 
 run: .venv/ready

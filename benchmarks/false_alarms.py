@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from common import RESULTS, append, arguments, done
 from detection import Inspected, rules
-from rounds import Crowd, Role, experiment
+from rounds import JUDGING, Crowd, Role, experiment
 from tqdm import tqdm
 
 POOL = 40
@@ -44,7 +44,7 @@ def score(views: list, size: int, rule: str, seed: int) -> dict:
 
 def main():
     parser = arguments(__doc__, parallel=False)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*JUDGING])
     parser.add_argument("--judges", nargs="+", choices=JUDGES, default=["crowd"])
     parser.add_argument("--results", type=Path, default=RESULTS / "false_alarms.csv")
     args = parser.parse_args()

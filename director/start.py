@@ -21,7 +21,7 @@ import yaml
 
 # Threads that spin while they wait take the cores from the other processes of a machine; OpenMP reads it at import.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-warnings.filterwarnings("ignore", module="metaflow|_distutils_hack")  # OpenFL's dependencies on their own age
+warnings.filterwarnings("ignore", module="(.*/)?(metaflow|_distutils_hack)")  # OpenFL's dependencies on their own age
 
 OPENFL = "1.9"  # its last release, which director/ and envoy/ mend
 KEYS = ("port", "envoy_health_check_period")  # whole numbers

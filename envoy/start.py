@@ -16,7 +16,7 @@ from pathlib import Path
 
 # Threads that spin while they wait take the cores from the other processes of a machine; OpenMP reads it at import.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-warnings.filterwarnings("ignore", module="metaflow|_distutils_hack")  # OpenFL's dependencies on their own age
+warnings.filterwarnings("ignore", module="(.*/)?(metaflow|_distutils_hack)")  # OpenFL's dependencies on their own age
 
 
 def work_in(folder: Path) -> None:

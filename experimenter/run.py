@@ -132,7 +132,7 @@ def main():
     parser.add_argument("--check", action="store_true", help="only look whether the settings are right")
     args = parser.parse_args()
     os.environ["CROWDGUARD_RESUME"] = args.resume
-    warnings.filterwarnings("ignore", module="metaflow")  # OpenFL's dependencies on their own age, here
+    warnings.filterwarnings("ignore", module="(.*/)?metaflow")  # OpenFL's dependencies on their own age, here
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:metaflow.metaflow_config")  # and in the kernel
     for place in ("CROWDGUARD_CERTIFICATES", "CROWDGUARD_ENVOYS", "CROWDGUARD_WORKSPACE"):
         if place in os.environ:  # the notebook runs in its own folder, not in the caller's
