@@ -236,6 +236,17 @@ def test_attackers_unlike_everybody_do_not_make_honest_models_look_alike(experim
     assert accused <= 5
 
 
+def test_attackers_close_to_the_validator_do_not_hide_that_they_are_close_to_each_other(experiment, rng):
+    """They are fewer than half of its pairs, so the level rises to that of its closest honest pair at most."""
+    found = 0
+    for _ in range(50):
+        kinship = honest_pairs(rng, 10) + planted(10, [6, 7, 8, 9], 0, 0.08)
+        kinship[0, 6:] += 0.08
+        kinship[6:, 0] += 0.08
+        found += experiment.flagged(experiment.no_evidence(10)._replace(kinship=kinship), 0) == {6, 7, 8, 9}
+    assert found >= 48
+
+
 @pytest.mark.parametrize(("scale", "shift"), [(10, 0), (1, 0.3), (4, -1)])
 def test_only_what_lies_between_the_pairs_of_a_crowd_counts(experiment, rng, scale, shift):
     kinship = honest_pairs(rng, 10) + 0.07 * planted(10, [2, 3, 7], 0, 1)
