@@ -371,6 +371,48 @@ def test_who_replays_anothers_update_is_the_suspect_and_its_victim_is_not(experi
     assert 6 in found and 2 not in found
 
 
+LAYERS = 4
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.5, 0.6, 0.8, 1.0])
+def test_who_follows_the_mean_of_anothers_past_frames_nobody(experiment, rng, share):
+    """Six participants whose updates repeat a part of themselves; the last one mixes in what the second has sent."""
+    own, sent, found = rng.normal(size=(6, LAYERS, OUTPUTS, 6)), [], []
+    for _ in range(10):
+        updates = own @ rng.normal(size=(6, LAYERS, 6, 200)) + 2.5 * rng.normal(size=(6, LAYERS, OUTPUTS, 200))
+        if sent:
+            of_victim = np.stack([directions[:, 1] for directions in sent])  # (rounds, layers, outputs, RANK)
+            mean = np.linalg.eigh(np.einsum("tlor,tlpr->lop", of_victim, of_victim))[1][..., -experiment.RANK :]
+            followed = mean @ rng.normal(size=(LAYERS, experiment.RANK, 200))
+            followed *= np.linalg.norm(updates[5]) / np.linalg.norm(followed)
+            updates[5] = share * followed + (1 - share) * updates[5]
+        layers = [
+            [experiment.principal_directions(torch.from_numpy(u)) for u in layer] for layer in updates.swapaxes(0, 1)
+        ]
+        layers = [np.stack(layer) for layer in layers]
+        past = [[np.concatenate([d[layer, m] for layer in range(LAYERS)]) for d in sent] for m in range(6)]
+        past = [np.stack(rounds) if rounds else [] for rounds in past]
+        seen = experiment.Seen(np.ones((1, 8, 6, 2)), np.zeros(8), np.zeros((8, 6, 3)), np.ones(6), layers)
+        found += [experiment.flagged(experiment.evidence(seen, v, past), v) for v in (0, 2, 3, 4)]
+        sent.append(np.stack(layers))
+    assert all(suspects <= {5} for suspects in found)
+    assert share < 0.6 or found.count({5}) >= 30, "of 36 after the first round"
+
+
+def test_what_two_have_in_common_is_no_replay(experiment):
+    """Colluders resemble each other's past alike; who was away so far is measured by what is usual."""
+    alike = [[np.full(4, 0.3 if m != n and {m, n} <= {3, 4} else 0.02) for n in range(5)] for m in range(5)]
+    replays, _ = experiment.followed(alike)
+    assert (replays < experiment.REPLAY).all()
+    for row in alike:
+        row[2] = np.zeros(0)  # 2 has sent nothing before
+    replays, _ = experiment.followed(alike)
+    assert (replays < experiment.REPLAY).all()
+    alike[2][0] = np.full(4, 0.2)
+    replays, _ = experiment.followed(alike)
+    assert (replays > experiment.REPLAY).tolist() == [False, False, True, False, False]
+
+
 def test_memory_is_bounded_and_keeps_who_is_away(experiment):
     past = {}
     for number in range(25):
