@@ -1,7 +1,9 @@
 """The benchmarks: who plays which role, and that they go on where they stopped."""
 
 import sys
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -25,6 +27,34 @@ def test_attackers_are_fewer_than_half_and_no_setting_comes_twice(detection):
             assert 2 * len(setting.malicious) < setting.crowd.participants
             for role in setting.roles:
                 assert bool(role.pdr) == (role.participant in setting.malicious)
+
+
+def test_what_colluders_send_together_is_looked_at_anew_in_every_setting(detection, monkeypatch):
+    """Two colluders send something else than the same two among four do; what honest participants send stays."""
+    inspected, looked = object.__new__(detection.Inspected), []
+    inspected.views = {}
+
+    def look(_, states):
+        looked.extend(states)
+        return View(np.array(states))
+
+    monkeypatch.setattr(inspected, "look", look)
+    monkeypatch.setattr(detection.experiment, "joined", lambda views: [int(view.states[0]) for view in views])
+    alone, two, four = (detection.Setting(attackers=k, evasion=e) for k, e in ((2, ""), (2, "noisy"), (4, "noisy")))
+    assert inspected.seen(0, alone, [*range(10)]) == [*range(10)]
+    assert inspected.seen(0, two, [*range(8), 18, 19]) == [*range(8), 18, 19]
+    assert inspected.seen(0, four, [*range(6), 26, 27, 28, 29]) == [*range(6), 26, 27, 28, 29]
+    assert inspected.seen(0, alone, [99] * 10) == [*range(10)]
+    assert looked == [*range(10), 18, 19, 26, 27, 28, 29]
+
+
+class View(NamedTuple):
+    """Of several states, as `Seen` is."""
+
+    states: np.ndarray
+
+    def of(self, models):
+        return View(self.states[models])
 
 
 def test_what_is_in_the_csv_is_not_run_again(detection, tmp_path):

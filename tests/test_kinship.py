@@ -402,14 +402,14 @@ def test_who_follows_the_mean_of_anothers_past_frames_nobody(experiment, rng, sh
 def test_what_two_have_in_common_is_no_replay(experiment):
     """Colluders resemble each other's past alike; who was away so far is measured by what is usual."""
     alike = [[np.full(4, 0.3 if m != n and {m, n} <= {3, 4} else 0.02) for n in range(5)] for m in range(5)]
-    replays, _ = experiment.followed(alike)
+    replays, _ = experiment.over_rounds(alike)
     assert (replays < experiment.REPLAY).all()
     for row in alike:
         row[2] = np.zeros(0)  # 2 has sent nothing before
-    replays, _ = experiment.followed(alike)
+    replays, _ = experiment.over_rounds(alike)
     assert (replays < experiment.REPLAY).all()
     alike[2][0] = np.full(4, 0.2)
-    replays, _ = experiment.followed(alike)
+    replays, _ = experiment.over_rounds(alike)
     assert (replays > experiment.REPLAY).tolist() == [False, False, True, False, False]
 
 

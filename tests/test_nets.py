@@ -314,3 +314,9 @@ def test_tensors_that_share_memory_travel(experiment):
     packed = experiment.load(experiment.pack_model(net.state_dict()))
     assert packed.keys() == net.state_dict().keys()
     assert experiment.buffers(net) == {"a", "b"}, "a tied weight is learned under both names"
+
+
+def test_as_many_outputs_are_compared_as_by_the_published_implementation(experiment):
+    outputs = experiment.hidden_outputs(experiment.Net(), torch.zeros(1, 3, 32, 32))
+    assert [len(output) for output in outputs] == [1] * 8
+    assert sum(output.shape[1] for output in outputs) == 51_210
