@@ -271,8 +271,9 @@ def test_more_than_half_are_no_minority_and_own_is_never_accused(experiment, rng
     for _ in range(200):
         models = int(rng.integers(1, 12))
         pairs = rng.random((models, models))
+        earlier = rng.normal(size=(models, models))
         evidence = experiment.Evidence(
-            rng.normal(size=models), rng.normal(size=models), pairs + pairs.T, rng.random(models), rng.random(models)
+            *rng.normal(size=(2, models)), pairs + pairs.T, earlier + earlier.T, *rng.random((2, models))
         )
         own = int(rng.integers(models))
         found = experiment.flagged(evidence, own)
@@ -402,15 +403,81 @@ def test_who_follows_the_mean_of_anothers_past_frames_nobody(experiment, rng, sh
 def test_what_two_have_in_common_is_no_replay(experiment):
     """Colluders resemble each other's past alike; who was away so far is measured by what is usual."""
     alike = [[np.full(4, 0.3 if m != n and {m, n} <= {3, 4} else 0.02) for n in range(5)] for m in range(5)]
-    replays, _ = experiment.over_rounds(alike)
-    assert (replays < experiment.REPLAY).all()
+    assert (experiment.replays(*experiment.over_rounds(alike)) < experiment.REPLAY).all()
     for row in alike:
         row[2] = np.zeros(0)  # 2 has sent nothing before
-    replays, _ = experiment.over_rounds(alike)
-    assert (replays < experiment.REPLAY).all()
+    assert (experiment.replays(*experiment.over_rounds(alike)) < experiment.REPLAY).all()
     alike[2][0] = np.full(4, 0.2)
-    replays, _ = experiment.over_rounds(alike)
-    assert (replays > experiment.REPLAY).tolist() == [False, False, True, False, False]
+    found = experiment.replays(*experiment.over_rounds(alike)) > experiment.REPLAY
+    assert found.tolist() == [False, False, True, False, False]
+
+
+# --- Kinship over rounds --------------------------------------------------------------------------------------------
+
+
+def of_rounds(experiment, now, past, own=0, rounds=9):
+    """Who is suspected by overlaps `(M, M)` of this round and mean ones, not symmetric, with the rounds before."""
+    lasting = experiment.lasting_overlap(now, past, np.full(now.shape, rounds))
+    return experiment.flagged(experiment.no_evidence(len(now))._replace(kinship=now, lasting=lasting), own)
+
+
+def honest_past(rng, models, rounds=9):
+    return rng.normal(0.02, 0.0075, (rounds, models, models)).mean(axis=0)  # so they scatter on CIFAR-10
+
+
+def test_kinship_over_rounds_is_that_of_its_definition(experiment, rng):
+    now, past, rounds = honest_pairs(rng, 6), honest_past(rng, 6), rng.integers(0, 4, (6, 6))
+    found = experiment.lasting_overlap(now, past, rounds)
+    common = {(m, n): min(past[m, n], past[n, m]) - abs(past[m, n] - past[n, m]) for m in range(6) for n in range(m)}
+    known = {pair: min(rounds[pair], rounds[pair[::-1]]) for pair in common}
+    levels = np.median([now[pair] for pair in common]), np.median([common[p] for p, count in known.items() if count])
+    for pair, count in known.items():
+        expected = (now[pair] - levels[0] + count * (common[pair] - levels[1])) / np.sqrt(1 + count)
+        assert found[pair] == found[pair[::-1]] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("colluders", "shared"), [([3, 8], 0.035), ([1, 4, 6, 9], 0.02)])
+def test_who_is_a_little_closer_in_every_round_is_found_over_rounds(experiment, rng, colluders, shared):
+    once, lasting = 0, 0
+    for _ in range(50):
+        now = honest_pairs(rng, 10) + planted(10, colluders, 0, shared)
+        past = honest_past(rng, 10) + planted(10, colluders, 0, shared)
+        once += experiment.flagged(experiment.no_evidence(10)._replace(kinship=now), 0) == set(colluders)
+        lasting += of_rounds(experiment, now, past) == set(colluders)
+    assert once <= 5 and lasting >= 48
+
+
+def test_who_colludes_for_the_first_time_after_honest_rounds_is_found_at_once(experiment, rng):
+    found = 0
+    for _ in range(50):
+        now = honest_pairs(rng, 10) + planted(10, [3, 8], 0, 0.1)
+        found += of_rounds(experiment, now, honest_past(rng, 10)) == {3, 8}
+    assert found >= 48
+
+
+@pytest.mark.parametrize("models", [5, 6, 10, 20])
+def test_crowds_of_whom_nobody_is_kin_accuse_nobody_over_rounds(experiment, rng, models):
+    accused = [of_rounds(experiment, honest_pairs(rng, models), honest_past(rng, models)) for _ in range(100)]
+    assert sum(map(bool, accused)) <= 3
+
+
+def test_who_resembles_anothers_past_is_not_kin_to_it_for_that(experiment, rng):
+    """The victim repeats itself, so it resembles what the framer has taken from it, but less."""
+    for _ in range(50):
+        past = honest_past(rng, 10)
+        past[7, 2] += 0.04
+        past[2, 7] += 0.02
+        assert 2 not in of_rounds(experiment, honest_pairs(rng, 10), past)
+
+
+def test_without_rounds_in_common_there_is_kinship_of_this_round(experiment, rng):
+    now, rounds = honest_pairs(rng, 8), np.full((8, 8), 5)
+    rounds[:, 3] = 0  # has come anew
+    found = experiment.lasting_overlap(now, honest_past(rng, 8), rounds)
+    level = np.median(now[np.triu_indices(8, 1)])
+    np.testing.assert_allclose(np.delete(found[3], 3), np.delete(now[3], 3) - level)
+    alone = experiment.lasting_overlap(np.zeros((1, 1)), np.zeros((1, 1)), np.zeros((1, 1)))
+    assert alone.tolist() == [[0]]
 
 
 def test_memory_is_bounded_and_keeps_who_is_away(experiment):
@@ -432,6 +499,21 @@ def test_who_was_wrongly_accused_once_is_judged_anew(experiment):
 def test_who_repeats_itself_far_more_than_others_stands_out(experiment):
     persistence = np.array([0.04, 0.06, 0.05, 0.05, 0.04, 0.3])
     assert experiment.flagged(experiment.no_evidence(6)._replace(persistence=persistence), 0) == {5}
+
+
+@pytest.mark.parametrize(("length", "suspected"), [(1.0, True), (4.0, True), (0.3, False)])
+def test_a_participant_with_few_images_may_repeat_itself(experiment, rng, length, suspected):
+    """Its short updates are hardly noisy; of usual length, the same persistence would be an attacker's."""
+    own, parts = rng.normal(size=(OUTPUTS, 6)), []
+    for _ in range(4):
+        updates = [rng.normal(size=(OUTPUTS, 6)) for _ in range(5)] + [own + rng.normal(size=own.shape)]
+        parts.append(np.stack([experiment.principal_directions(torch.from_numpy(u)) for u in updates]))
+    seen = experiment.Seen(
+        np.ones((1, 8, 6, 2)), np.zeros(8), np.zeros((8, 6, 3)), np.array([1, 1, 1, 1, 1, length]), [parts[-1]]
+    )
+    evidence = experiment.evidence(seen, 0, list(np.stack(parts[:-1], axis=1)))
+    judged = evidence._replace(norms=np.zeros(6))
+    assert experiment.flagged(judged, 0) == ({5} if suspected else set())
 
 
 # --- Chunks --------------------------------------------------------------------------------------------------------
