@@ -1,5 +1,5 @@
 """Ten rounds in a row: real CIFAR-10, ten participants; a faint attack (a tenth of the data of two attackers poisoned,
-updates unscaled), a single attacker, two who attack in every second round, and none.
+updates unscaled), a single attacker, two who attack in every second round, and none, also in other crowds.
 
     python benchmarks/ten_rounds.py ~/cifar10
 
@@ -42,14 +42,14 @@ PARTS = {
     "quiet": Setting(attackers=0, trigger="", pdr=0),
     "single": Setting(attackers=1),
     "alternating": Setting(pdr=0.5),
-}
+} | {f"quiet, {participants} participants": Setting(Crowd(participants), 0, "", 0) for participants in (5, 6, 20)}
 PAUSES = {"alternating"}  # parts in which attackers behave in every second round
 
 
 def runs(parts, seeds) -> list[tuple]:
     """(part, setting, seed, defence), what is asked first coming first."""
     crowds = [
-        (part, replace(PARTS[part], crowd=Crowd(alpha=alpha)), seed)
+        (part, replace(PARTS[part], crowd=replace(PARTS[part].crowd, alpha=alpha)), seed)
         for seed in seeds
         for part in parts
         for alpha in (None, 0.5)

@@ -402,14 +402,33 @@ def test_who_follows_the_mean_of_anothers_past_frames_nobody(experiment, rng, sh
 
 def test_what_two_have_in_common_is_no_replay(experiment):
     """Colluders resemble each other's past alike; who was away so far is measured by what is usual."""
-    alike = [[np.full(4, 0.3 if m != n and {m, n} <= {3, 4} else 0.02) for n in range(5)] for m in range(5)]
-    assert (experiment.replays(*experiment.over_rounds(alike)) < experiment.REPLAY).all()
-    for row in alike:
-        row[2] = np.zeros(0)  # 2 has sent nothing before
-    assert (experiment.replays(*experiment.over_rounds(alike)) < experiment.REPLAY).all()
-    alike[2][0] = np.full(4, 0.2)
-    found = experiment.replays(*experiment.over_rounds(alike)) > experiment.REPLAY
-    assert found.tolist() == [False, False, True, False, False]
+    alike = np.where(np.isin(np.arange(5), [3, 4]) & np.isin(np.arange(5), [3, 4])[:, None], 0.3, 0.02)
+    assert (experiment.replays(alike, np.full(5, 4)) < experiment.REPLAY).all()
+    alike[:, 2], rounds = 0, np.array([4, 4, 0, 4, 4])  # 2 has sent nothing before
+    assert (experiment.replays(alike, rounds) < experiment.REPLAY).all()
+    alike[2, 0] = 0.2
+    assert (experiment.replays(alike, rounds) > experiment.REPLAY).tolist() == [False, False, True, False, False]
+
+
+def test_what_was_sent_before_is_compared_with_each_update(experiment, rng):
+    """Rounds that one participant was away, another all of them, against plain loops."""
+
+    def draw(models):
+        return np.linalg.qr(rng.normal(size=(models, OUTPUTS, RANK)))[0]
+
+    directions, past = (
+        [draw(3), draw(3)],
+        [np.concatenate([draw(4), draw(4)], axis=1), [], np.concatenate([draw(2)] * 2, 1)],
+    )
+    found, rounds = experiment.over_rounds(directions, past)
+    assert rounds.tolist() == [4, 0, 2] and not found[:, 1].any()
+    for m, n in itertools.product(range(3), (0, 2)):
+        pairs = [
+            np.square(layer[m].T @ sent[k * OUTPUTS : (k + 1) * OUTPUTS]).sum() / RANK - RANK / OUTPUTS
+            for sent in past[n]
+            for k, layer in enumerate(directions)
+        ]
+        assert found[m, n] == pytest.approx(np.mean(pairs))
 
 
 # --- Kinship over rounds --------------------------------------------------------------------------------------------
@@ -417,7 +436,7 @@ def test_what_two_have_in_common_is_no_replay(experiment):
 
 def of_rounds(experiment, now, past, own=0, rounds=9):
     """Who is suspected by overlaps `(M, M)` of this round and mean ones, not symmetric, with the rounds before."""
-    lasting = experiment.lasting_overlap(now, past, np.full(now.shape, rounds))
+    lasting = experiment.lasting_overlap(now, past, np.full(len(now), rounds))
     return experiment.flagged(experiment.no_evidence(len(now))._replace(kinship=now, lasting=lasting), own)
 
 
@@ -426,10 +445,10 @@ def honest_past(rng, models, rounds=9):
 
 
 def test_kinship_over_rounds_is_that_of_its_definition(experiment, rng):
-    now, past, rounds = honest_pairs(rng, 6), honest_past(rng, 6), rng.integers(0, 4, (6, 6))
+    now, past, rounds = honest_pairs(rng, 6), honest_past(rng, 6), rng.integers(0, 4, 6)
     found = experiment.lasting_overlap(now, past, rounds)
     common = {(m, n): min(past[m, n], past[n, m]) - abs(past[m, n] - past[n, m]) for m in range(6) for n in range(m)}
-    known = {pair: min(rounds[pair], rounds[pair[::-1]]) for pair in common}
+    known = {(m, n): min(rounds[m], rounds[n]) for m, n in common}
     levels = np.median([now[pair] for pair in common]), np.median([common[p] for p, count in known.items() if count])
     for pair, count in known.items():
         expected = (now[pair] - levels[0] + count * (common[pair] - levels[1])) / np.sqrt(1 + count)
@@ -471,12 +490,12 @@ def test_who_resembles_anothers_past_is_not_kin_to_it_for_that(experiment, rng):
 
 
 def test_without_rounds_in_common_there_is_kinship_of_this_round(experiment, rng):
-    now, rounds = honest_pairs(rng, 8), np.full((8, 8), 5)
-    rounds[:, 3] = 0  # has come anew
+    now, rounds = honest_pairs(rng, 8), np.full(8, 5)
+    rounds[3] = 0  # has come anew
     found = experiment.lasting_overlap(now, honest_past(rng, 8), rounds)
     level = np.median(now[np.triu_indices(8, 1)])
     np.testing.assert_allclose(np.delete(found[3], 3), np.delete(now[3], 3) - level)
-    alone = experiment.lasting_overlap(np.zeros((1, 1)), np.zeros((1, 1)), np.zeros((1, 1)))
+    alone = experiment.lasting_overlap(np.zeros((1, 1)), np.zeros((1, 1)), np.zeros(1))
     assert alone.tolist() == [[0]]
 
 
