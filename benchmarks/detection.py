@@ -263,6 +263,8 @@ def picture(path: Path, target: Path) -> None:
         sorted(rows["kind"].unique(), key=lambda kind: ("," in kind, kind)),
         rows.groupby(["alpha", "attackers"]),
     )
+    if not kinds:  # scaled updates alone
+        return
     size = (2.6 * len(crowds) + 1.5, 0.24 * len(kinds) + 1)
     figure, axes = plt.subplots(1, len(crowds), figsize=size, sharey=True, layout="constrained", squeeze=False)
     for axis, ((alpha, attackers), part) in zip(axes[0], crowds, strict=True):
