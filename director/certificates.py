@@ -159,6 +159,8 @@ def make_certificates(
         days: how long they are good; no longer than their CA.
         renew: whose key and certificate are made anew though they are good.
     """
+    if twice := [name for name in participants if participants.count(name) > 1]:
+        raise SystemExit(f"{twice[0]} is there twice: each participant needs a name of its own")
     participants = [*participants, *(name for name in renew if name not in ("director", "experimenter"))]
     for name in participants:
         check_name(name)

@@ -56,7 +56,10 @@ def load(folder: Path) -> tuple[dict, bytes]:
             return check(kept)
         except (OSError, ValueError) as error:
             log.warning("%s is damaged (%s): the round before is used", kept, error)
-    raise FileNotFoundError(f"nothing is kept of a run {folder.name} in {folder.parent}")
+    known = sorted((path for path in folder.parent.glob("*") if rounds(path)), key=lambda path: path.stat().st_mtime)
+    latest = ", ".join(path.name for path in known[:-4:-1])
+    there = f"the latest are {latest}" if latest else "nor of any other"
+    raise FileNotFoundError(f"nothing is kept of a run {folder.name} in {folder.parent}; {there}")
 
 
 def check(kept: Path) -> tuple[dict, bytes]:

@@ -103,12 +103,21 @@ class Door(DirectorGRPCServer):
 
     async def GetEnvoys(self, request, context):  # noqa: N802
         async with self.require("experimenter", context):
+            await self.check_kept(dict(context.invocation_metadata()).get("resume"), context)
             answer = await super().GetEnvoys(request, context)
             refused = self.director.refused.items()
             answer.envoy_infos.extend(
                 director_pb2.EnvoyInfo(envoy_name=n, experiment_name=words) for n, words in refused
             )
             return answer
+
+    async def check_kept(self, run: str | None, context) -> None:
+        """Ends the call if nothing is kept of the run that shall go on."""
+        try:
+            if run:
+                checkpoints.load(checkpoints.folder_of(self.director.runs, run))
+        except (OSError, ValueError) as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
 
     async def SetNewExperiment(self, stream, context):  # noqa: N802
         async with self.require("experimenter", context):
@@ -296,6 +305,9 @@ class Experiment(experiment.Experiment):
         if wish.get("resume"):
             state, flow.current = checkpoints.load(folder)
             flow.history = resumed(state, flow)
+            self.tell(f"{len(flow.history)} rounds of {wish['run']} are done")
+            if new := sorted({*self.collaborators} - {*state["participants"]}):
+                self.tell(f"it goes on with {', '.join(new)}, who was not in it before")
             # Who is not back yet comes later.
             self.collaborators = sorted({*self.collaborators, *state["participants"]})
         settings = {"settings": flow.settings(), "participants": self.collaborators}

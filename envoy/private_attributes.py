@@ -145,6 +145,11 @@ def read_settings(path: str | Path) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         key = repr(".".join(map(str, first["loc"])) or "the file")[1:-1]  # a key may hold anything
+        if first["type"] == "extra_forbidden":
+            section = {"data": Data, "attack": Attack}.get(key.partition(".")[0] if "." in key else "", Settings)
+            raise SystemExit(
+                f"{path}: {key}: there is no such key; there are {', '.join(section.model_fields)}"
+            ) from None
         if first["type"] == "value_error":  # one of ours, which shows the value
             raise SystemExit(f"{path}: {key}: {first['ctx']['error']}") from None
         raise SystemExit(f"{path}: {key}: {first['msg']} (found: {first['input']!r:.60})") from None

@@ -39,13 +39,17 @@ def identity() -> Identity:
         raise ConnectionError(f"{error}. {HOW}") from None
 
 
-def assert_director() -> None:
-    """`ConnectionError` with one line if there is no director that would talk to us."""
+def assert_director(resume: str = "") -> None:
+    """`ConnectionError` with one line if there is no director that would talk to us, or go on with the run `resume`."""
     try:
         if (plain := plain_address(DIRECTOR)) != DIRECTOR:
             raise ConnectionError(f"CROWDGUARD_DIRECTOR: {DIRECTOR} must be written as {plain}")
         handshake(DIRECTOR, identity())
         greet(DIRECTOR, identity())
+        if resume:
+            DirectorClient(identity()).get_envoys(resume)
+    except grpc.RpcError as error:
+        raise refusal(error) from None
     except ValueError as error:
         raise ConnectionError(f"CROWDGUARD_DIRECTOR: {error}") from None
     except ConnectionError as error:
@@ -73,8 +77,9 @@ class DirectorClient(RuntimeDirectorClient):
     def connect(self) -> None:
         self.stub = director_pb2_grpc.DirectorStub(open_channel(DIRECTOR, self.identity))
 
-    def get_envoys(self):
-        return self.stub.GetEnvoys(director_pb2.GetEnvoysRequest())
+    def get_envoys(self, resume: str = ""):
+        """Who is there; refused if a run shall go on of which the director has nothing."""
+        return self.stub.GetEnvoys(director_pb2.GetEnvoysRequest(), metadata=(("resume", resume),) if resume else ())
 
     def lines(self, name: str, told: int):
         """What the director tells of the experiment, from a line on."""
@@ -161,7 +166,8 @@ class Federation(FederatedRuntime):
             raise
         self.keep(self.final_state)
         if error := self.final_state.error or everybody_failed(self.final_state.history):
-            raise RuntimeError(f"{error}; {len(self.final_state.history)} rounds are kept, RESUME={self.run} goes on")
+            kept = len(self.final_state.history)
+            raise RuntimeError(f"{error}; {kept} rounds are kept, RESUME={self.run} goes on" if kept else error)
         return True, self.final_state
 
     def follow(self) -> None:
@@ -205,7 +211,7 @@ class Federation(FederatedRuntime):
         return self.get_flow_state()[1]
 
     def keep(self, state: State) -> None:
-        if self.results:
+        if self.results and state.history:  # or what an earlier run has left would be lost for nothing
             self.results.keep(state.global_model, run=self.run, federation=[*state.history], traffic=state.traffic)
 
 
@@ -215,7 +221,7 @@ def connect(resume: str = "", results: Results | None = None) -> Federation:
     Raises: `ConnectionError` with one line if there is no director, or nobody is online.
     """
     logging.getLogger("openfl").setLevel(logging.WARNING)
-    assert_director()
+    assert_director(resume)
     federation = Federation(resume, results)
     if not federation.collaborators:
         raise ConnectionError("no envoy is online: start envoy/start.py at the participants")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from experimenter.run import ANSI, NOISE, NOTEBOOK
 
 # Lines that differ from run to run, or speak of this machine.
-FLEETING = re.compile(r".*\(\d+ s\)$|run run-\w+ at |no director|round \d+: .* has trained|/")
+FLEETING = re.compile(r".*\(\d+ s\)$|run run-\w+ at |no director|/")
 
 
 def code_hash(notebook) -> str:

@@ -20,7 +20,7 @@ import papermill
 
 NOTEBOOK = Path(__file__).parent.parent / "FederatedCrowdGuard.ipynb"
 sys.path.insert(0, str(NOTEBOOK.parent))  # for the package that this file is in
-NOISE = re.compile(r"\s*$|(Aggregator|Collaborator) step .* registered|.*\[IPKernelApp\] WARNING")
+NOISE = re.compile(r"\s*$|(Aggregator|Collaborator) step .* registered|.*\[IPKernelApp\] WARNING|.*: \S+ has trained, ")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -63,23 +63,29 @@ def check(notebook) -> None:
             if exported(cell):
                 exec(cell.source, names)  # noqa: S102
     except (TypeError, ValueError) as error:
-        problem = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
+        problem = error.errors()[0] if hasattr(error, "errors") else {"type": "", "loc": (), "msg": str(error)}
+        if problem["type"] == "unexpected_keyword_argument":
+            problem["msg"] = f"there is no such setting; there are {', '.join(names['Config'].__dataclass_fields__)}"
         where = ".".join(str(part) for part in problem["loc"])
         reason = problem.get("ctx", {}).get("error", problem["msg"])  # ours without what pydantic says before it
         raise SystemExit(f"--set {where}: {reason}" if where else f"--set: {reason}") from None
 
 
 class Console:
-    """Shows what the notebook prints: without blank lines, colours, and what OpenFL says of its own."""
+    """Shows what the notebook prints from its federation on: without blank lines, colours, and OpenFL's own words."""
 
-    def __init__(self, stream):
-        self.stream, self.open = stream, ""
+    def __init__(self, stream, shown: bool = False):
+        self.stream, self.open, self.shown = stream, "", shown
 
     def write(self, text: str) -> None:
         *lines, self.open = (self.open + text).split("\n")
-        for line in lines:
+        for line in lines if self.shown else ():
             if not NOISE.match(plain := ANSI.sub("", line)):
                 self.stream.write(f"{plain}\n")
+
+    def begin(self, cell, **_) -> None:
+        """Called before each cell. What those before the federation show is for who reads the notebook."""
+        self.shown = self.shown or tagged(cell, "federation")
 
     def flush(self) -> None:
         self.stream.flush()
@@ -95,7 +101,12 @@ def execute(notebook, output: Path | None) -> None:
             os.environ.setdefault("CROWDGUARD_WORKSPACE", str(Path(folder) / "workspace" / "generated_workspace"))
         try:
             running = output and output.with_suffix(".failed.ipynb")  # an earlier result stays until there is a new one
-            shown = {"stdout_file": Console(sys.stdout), "stderr_file": Console(sys.stderr)}
+            console = Console(sys.stdout)
+            shown = {
+                "stdout_file": console,
+                "stderr_file": Console(sys.stderr, shown=True),
+                "on_cell_start": console.begin,
+            }
             quiet = {"progress_bar": False, "extra_arguments": ["--log-level=ERROR"]}  # of the kernel
             papermill.execute_notebook(copy, running, cwd=NOTEBOOK.parent, **shown, **quiet)
         except papermill.PapermillExecutionError as error:
@@ -106,13 +117,29 @@ def execute(notebook, output: Path | None) -> None:
         running.replace(output)
 
 
-def assert_director() -> None:
+def assert_director(resume: str) -> None:
     from experimenter import connect
 
     try:
-        connect.assert_director()
+        connect.assert_director(resume)
     except ConnectionError as error:
         raise SystemExit(str(error)) from None
+
+
+def set_aside(results: Path, resume: str) -> None:
+    """Moves what an earlier run has left into a folder of its name, so that nothing is lost or mixed."""
+    try:
+        run = json.loads((results / "history.json").read_text())["run"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if run in ("", resume):
+        return
+    aside = results / run
+    aside.mkdir(exist_ok=True)
+    for file in results.iterdir():
+        if file.is_file():
+            file.replace(aside / file.name)
+    print(f"what {run} has left is in {aside}")
 
 
 def show(history: Path) -> None:
@@ -145,11 +172,13 @@ def main():
         notebook.cells = [cell for cell in notebook.cells if exported(cell) or tagged(cell, "workspace")]
         execute(notebook, None)
         return
-    assert_director()
+    assert_director(args.resume)
     args.results = args.results.resolve()
     args.results.mkdir(parents=True, exist_ok=True)
+    set_aside(args.results, args.resume)
     os.environ["CROWDGUARD_RESULTS"] = str(args.results)
     output = args.results / NOTEBOOK.name
+    print("the notebook explains and tries its functions first, which takes a minute", flush=True)
     execute(notebook, output)
     from experimenter.report import write_report
 

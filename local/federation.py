@@ -108,6 +108,11 @@ def without_proxy(environment: dict[str, str], *hosts: str) -> dict[str, str]:
     return environment | exempt
 
 
+def runs_folder() -> Path:
+    """Where the director and the envoys keep what they need to go on with a run."""
+    return Path(os.environ.get("CROWDGUARD_RUNS", ROOT / "runs"))
+
+
 class Federation:
     """Director and envoys as processes. A context manager; `run` runs a command beside them.
 
@@ -116,7 +121,8 @@ class Federation:
 
     def __init__(self, participants: int = 4, malicious: int = 1, overrides=(), host: str = "localhost"):
         if not 0 <= malicious < participants:
-            raise SystemExit(f"--malicious {malicious}: must be at least 0 and smaller than --participants")
+            words = f"MALICIOUS={malicious} of PARTICIPANTS={participants}"
+            raise SystemExit(f"{words} (--malicious, --participants): must be at least 0 and fewer than all")
         director_port, aggregator_port = free_ports(2)
         self.host, self.address = host, f"{host}:{director_port}"
         self.settings = participant_settings(participants, malicious, self.address, overrides)
@@ -129,7 +135,7 @@ class Federation:
             "CROWDGUARD_ENVOYS": str(self.folder / "envoys"),
             "CROWDGUARD_WORKSPACE": str(self.folder / "workspace" / "generated_workspace"),
             "HOME": str(self.folder / "home"),
-            "CROWDGUARD_RUNS": os.environ.get("CROWDGUARD_RUNS", str(ROOT / "runs")),
+            "CROWDGUARD_RUNS": str(runs_folder()),
             "MPLCONFIGDIR": str(ROOT / ".federation" / "matplotlib"),  # its font cache takes long to make
             "METAFLOW_USER": "experimenter",
             "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait take the cores from the other processes
@@ -249,6 +255,14 @@ def interrupt(number, frame):
     raise KeyboardInterrupt
 
 
+def tell_what_is_kept(since: float) -> None:
+    """Says how the run that was stopped goes on, if a round of it is kept."""
+    latest = max(runs_folder().glob("director/*/round-[0-9]*"), key=lambda path: path.stat().st_mtime, default=None)
+    if latest and latest.stat().st_mtime > since:
+        number = int(latest.name.removeprefix("round-"))
+        print(f"stopped after round {number}: make run RESUME={latest.parent.name} goes on, with the same settings")
+
+
 def main():
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, interrupt)
@@ -261,12 +275,14 @@ def main():
     overrides = [parse_override(text) for text in args.set]
     if not shutil.which(args.command[0]):
         raise SystemExit(f"there is no command {args.command[0]}")
+    started = time.time()
     try:
         with Federation(args.participants, args.malicious, overrides) as federation:
             print(f"{len(federation.settings)} participants are online; logs: {federation.folder / 'logs'}", flush=True)
             if code := federation.run(args.command):
                 raise SystemExit(code)
     except KeyboardInterrupt:
+        tell_what_is_kept(started)
         raise SystemExit(130) from None
 
 

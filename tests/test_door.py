@@ -24,6 +24,7 @@ from envoy import channel
 sys.path.append(str(ROOT / "director"))
 
 import certificates  # noqa: E402
+import checkpoints  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -446,6 +447,19 @@ def test_an_address_that_is_none_is_told_to_the_notebook(place, monkeypatch, add
     monkeypatch.setattr(connect, "DIRECTOR", address)
     with pytest.raises(ConnectionError, match=words):
         connect.assert_director()
+
+
+def test_a_run_of_which_nothing_is_kept_is_refused_before_anything_is_done(place, director, monkeypatch):
+    connect = notebook_side(director, place, monkeypatch)
+    connect.assert_director()
+    for run in ("run-of-nobody", "../runs"):
+        with pytest.raises(ConnectionError, match="refuses: (nothing is kept of a run run-of-nobody|a run cannot be)"):
+            connect.assert_director(run)
+    folder = place / "runs" / "run-1"
+    checkpoints.save(folder, 1, {}, b"")
+    connect.assert_director("run-1")
+    with pytest.raises(ConnectionError, match="the latest are run-1"):
+        connect.assert_director("run-2")
 
 
 def test_certificates_can_be_renewed_and_listed(place, tmp_path):

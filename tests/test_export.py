@@ -59,7 +59,7 @@ def test_export_writes_plan_code_and_requirements(tmp_path, monkeypatch):
     [
         ("rule=foo", "--set rule: Input should be 'crowd' or 'paper'"),
         ("rounds=0", "--set rounds: "),
-        ("round=3", "--set round: Unexpected keyword argument"),
+        ("round=3", "--set round: there is no such setting; there are aggregation, rule, rounds, "),
         ("patience=60", "--set: patience is participant_timeout now"),
         ("stamped_images=0", "--set: stamped_images is no setting any more"),
     ],

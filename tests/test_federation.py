@@ -109,7 +109,7 @@ def test_an_envoy_that_cannot_start_ends_it_all_and_says_whose_log_to_read(launc
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--malicious", "4"], "--malicious 4"),
+        (["--malicious", "4"], "MALICIOUS=4 of PARTICIPANTS=4"),
         (["--set", "data"], "--set data: must be key=value"),
         (["--set", "data.index=1"], "--set data.index=1: "),
     ],
@@ -273,6 +273,25 @@ def test_addresses_that_are_none_are_refused_in_one_line(address):
 
 
 # --- Proxies ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_stopped_is_told_how_it_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CROWDGUARD_RUNS", str(tmp_path))
+    federation.tell_what_is_kept(0)
+    assert capsys.readouterr().out == ""
+    for name in ("run-1/round-0001", "run-2/round-0003", "run-2/round-0004"):
+        (tmp_path / "director" / name).mkdir(parents=True)
+        os.utime(tmp_path / "director" / name, (int(name[-1]), int(name[-1])))
+    federation.tell_what_is_kept(3)
+    assert capsys.readouterr().out.startswith("stopped after round 4: make run RESUME=run-2 goes on")
+    federation.tell_what_is_kept(5)
+    assert capsys.readouterr().out == "", "that was before"
+
+
+def test_a_name_is_given_once(tmp_path):
+    with pytest.raises(SystemExit, match="Amsterdam is there twice"):
+        certificates.make_certificates(tmp_path / "c", "localhost", ["Amsterdam", "Bangalore", "Amsterdam"])
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])

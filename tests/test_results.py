@@ -1,5 +1,6 @@
 """What a run leaves: files, and what the documentation says of them."""
 
+import io
 import json
 import re
 
@@ -8,6 +9,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
+from experimenter import run
+from experimenter.connect import Federation, State
 from experimenter.report import arrange, write_report
 from experimenter.results import Results, table
 
@@ -41,6 +44,46 @@ def test_every_round_is_kept_as_it_comes(results, tmp_path):
     assert (tmp_path / "global_model.safetensors").read_bytes() == b"model"
     assert len([*(tmp_path / "tensorboard").rglob("events*")]) == 3
     assert not [*tmp_path.glob("*.part")]
+
+
+def test_a_run_that_never_began_leaves_what_an_earlier_one_has_reached(results, tmp_path):
+    results.keep(run="run-1", federation=[ROW], traffic=[])
+    before = (tmp_path / "history.json").read_bytes()
+    federation = Federation.__new__(Federation)
+    federation.run, federation.results = "run-2", results
+    federation.keep(State(error="nothing is kept of a run run-2"))
+    assert (tmp_path / "history.json").read_bytes() == before
+    federation.keep(State(history=[ROW]))
+    assert json.loads((tmp_path / "history.json").read_text())["run"] == "run-2"
+
+
+@pytest.mark.parametrize(("resume", "moved"), [("", True), ("run-2", True), ("run-1", False)])
+def test_what_an_earlier_run_has_left_is_set_aside(results, tmp_path, resume, moved):
+    results.keep(b"model", run="run-1", federation=[ROW], traffic=[])
+    run.set_aside(tmp_path, resume)
+    assert (tmp_path / "run-1" / "global_model.safetensors").exists() is moved
+    assert (tmp_path / "history.json").exists() is not moved
+    assert len([*(tmp_path / "tensorboard").rglob("events*")]) == 1, "which holds all runs beside each other"
+    run.set_aside(tmp_path, resume)  # nothing is there any more
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"run": ""}'])
+def test_a_history_that_is_none_is_left_alone(tmp_path, content):
+    (tmp_path / "history.json").write_text(content)
+    run.set_aside(tmp_path, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["history.json"]
+
+
+def test_the_terminal_shows_what_the_federation_says(tmp_path):
+    stream = io.StringIO()
+    console = run.Console(stream)
+    method, federation, later = (nbformat.v4.new_code_cell() for _ in range(3))
+    federation.metadata["tags"] = ["federation"]
+    for cell, text in ((method, "Linear: (2, 10)\n"), (federation, "run run-1 at\n\n"), (later, "round 1 done\n")):
+        console.begin(cell, cell_index=0)
+        console.write(text)
+    console.write("round 2: Amsterdam has trained, loss 0.1\n")
+    assert stream.getvalue() == "run run-1 at\nround 1 done\n"
 
 
 def test_event_files_hold_each_round_once(results, tmp_path):
