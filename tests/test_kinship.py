@@ -132,6 +132,13 @@ def test_class_gradients_are_those_of_plain_loops(experiment, conv_models, image
         torch.testing.assert_close(inside, wanted, rtol=1e-2, atol=1e-5)
 
 
+def test_classes_without_a_gradient_say_nothing(experiment, rng):
+    rows = torch.from_numpy(rng.normal(size=(3, 40))).float() * torch.tensor([[1.0], [0.0], [1e-12]])
+    found = experiment.orthonormal(torch.cat([rows, experiment.saturated(rows)]))
+    torch.testing.assert_close(found @ found.T, torch.eye(4), atol=1e-4, rtol=0)
+    assert not experiment.orthonormal(torch.zeros(3, 40)).numel()
+
+
 def test_nets_without_wide_middle_convolutions_have_no_directions(experiment, small_models, loader):
     origin, models = small_models
     assert experiment.middle_layers(origin) == []
