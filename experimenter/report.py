@@ -1,4 +1,4 @@
-"""The executed notebook as one HTML file that opens without a network: contents, then results, then how they came."""
+"""The executed notebook as one HTML file that opens without a network: results first, then how they came."""
 
 import html
 import re
@@ -30,15 +30,12 @@ def alternatives(notebook) -> list[str]:
 
 
 def arrange(notebook):
-    """The notebook's cells with a table of contents, the results first, and formulas as MathML."""
+    """The notebook's cells with the results after the introduction, and formulas as MathML."""
     front, *sections = split(notebook.cells)
     opening = next((i for i, cell in enumerate(front) if cell.cell_type == "code"), len(front))
     sections.sort(key=lambda cells: title(cells[0]) != "Results")  # stable: the others stay in their order
-    headings = [title(cells[0]) for cells in sections]
-    links = "\n".join(f"- [{heading}](#{heading.replace(' ', '-')})" for heading in headings)
-    results = sections[:1] if headings[:1] == ["Results"] else []
-    rest = [front[opening:], *sections[len(results) :]]
-    parts = [front[:opening], [nbformat.v4.new_markdown_cell(links)], *results, *rest]
+    results = [cells for cells in sections[:1] if title(cells[0]) == "Results"]
+    parts = [front[:opening], *results, front[opening:], *sections[len(results) :]]
     notebook.cells = [cell for part in parts for cell in part]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":

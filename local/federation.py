@@ -33,6 +33,7 @@ CITIES = [
     "Vienna", "Warsaw", "Xiamen", "York", "Zagreb",
 ]
 # fmt: on
+CERTIFICATE_DAYS = 7
 START_TIMEOUT = 300  # seconds; importing torch five times on a busy machine takes a minute
 
 
@@ -113,6 +114,13 @@ def runs_folder() -> Path:
     return Path(os.environ.get("CROWDGUARD_RUNS", ROOT / "runs"))
 
 
+def remove_old_logs() -> None:
+    """Removes what federations that went wrong have left, once their certificates have run out."""
+    for folder in (ROOT / ".federation").glob("run-*"):
+        if time.time() - folder.stat().st_mtime > CERTIFICATE_DAYS * 86_400:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class Federation:
     """Director and envoys as processes. A context manager; `run` runs a command beside them.
 
@@ -127,6 +135,7 @@ class Federation:
         self.host, self.address = host, f"{host}:{director_port}"
         self.settings = participant_settings(participants, malicious, self.address, overrides)
         (ROOT / ".federation").mkdir(exist_ok=True)
+        remove_old_logs()
         self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=ROOT / ".federation"))
         self.environment = without_proxy(dict(os.environ), host, "localhost", "127.0.0.1", "::1") | {
             "CROWDGUARD_DIRECTOR": self.address,
@@ -158,7 +167,7 @@ class Federation:
 
     def start(self):
         certificates = self.folder / "certificates"
-        make_certificates(certificates, self.host, list(self.settings), days=7)
+        make_certificates(certificates, self.host, list(self.settings), CERTIFICATE_DAYS)
         for folder in ("home", "logs", "envoys", "director", *self.settings):
             (self.folder / folder).mkdir()
         self.guardian = subprocess.Popen(

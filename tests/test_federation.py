@@ -288,6 +288,16 @@ def test_a_run_that_was_stopped_is_told_how_it_goes_on(tmp_path, monkeypatch, ca
     assert capsys.readouterr().out == "", "that was before"
 
 
+def test_logs_of_what_went_wrong_are_removed_after_a_week(tmp_path, monkeypatch):
+    monkeypatch.setattr(federation, "ROOT", tmp_path)
+    for days, name in ((8, "run-old"), (6, "run-young"), (8, "matplotlib")):
+        folder = tmp_path / ".federation" / name
+        (folder / "logs").mkdir(parents=True)
+        os.utime(folder, 2 * (time.time() - 86_400 * days,))
+    federation.remove_old_logs()
+    assert {path.name for path in (tmp_path / ".federation").iterdir()} == {"run-young", "matplotlib"}
+
+
 def test_a_name_is_given_once(tmp_path):
     with pytest.raises(SystemExit, match="Amsterdam is there twice"):
         certificates.make_certificates(tmp_path / "c", "localhost", ["Amsterdam", "Bangalore", "Amsterdam"])

@@ -111,11 +111,11 @@ def notebook(*sources):
     return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(source) for source in sources])
 
 
-def test_the_report_has_its_contents_then_the_results():
+def test_the_report_has_the_results_after_the_introduction():
     made = notebook("# Title", "## One", "first", "## Results", "figure", "## Two")
     made.cells.insert(1, nbformat.v4.new_code_cell("import numpy"))
     order = [cell.source.splitlines()[0] for cell in arrange(made).cells]
-    expected = ["# Title", "- [Results](#Results)", "## Results", "figure", "import numpy", "## One", "first", "## Two"]
+    expected = ["# Title", "## Results", "figure", "import numpy", "## One", "first", "## Two"]
     assert order == expected
 
 
