@@ -115,7 +115,7 @@ class Door(DirectorGRPCServer):
         """Ends the call if nothing is kept of the run that shall go on."""
         try:
             if run:
-                checkpoints.load(checkpoints.folder_of(self.director.runs, run))
+                await asyncio.to_thread(checkpoints.load, checkpoints.folder_of(self.director.runs, run))
         except (OSError, ValueError) as error:
             await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
 

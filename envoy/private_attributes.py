@@ -146,7 +146,7 @@ def read_settings(path: str | Path) -> Settings:
         first = error.errors()[0]
         key = repr(".".join(map(str, first["loc"])) or "the file")[1:-1]  # a key may hold anything
         if first["type"] == "extra_forbidden":
-            section = {"data": Data, "attack": Attack}.get(key.partition(".")[0] if "." in key else "", Settings)
+            section = {"data": Data, "attack": Attack}.get(first["loc"][-2] if len(first["loc"]) > 1 else "", Settings)
             raise SystemExit(
                 f"{path}: {key}: there is no such key; there are {', '.join(section.model_fields)}"
             ) from None

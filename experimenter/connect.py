@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ def assert_director(resume: str = "") -> None:
             raise ConnectionError(f"CROWDGUARD_DIRECTOR: {DIRECTOR} must be written as {plain}")
         handshake(DIRECTOR, identity())
         greet(DIRECTOR, identity())
+        if not re.fullmatch(r"[\w-]*", resume, re.ASCII):
+            raise ConnectionError(f"RESUME={resume}: a run's name has letters, digits, - and _ alone")
         if resume:
             DirectorClient(identity()).get_envoys(resume)
     except grpc.RpcError as error:

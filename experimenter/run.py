@@ -7,6 +7,7 @@ it only says whether the settings are right.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import papermill
 NOTEBOOK = Path(__file__).parent.parent / "FederatedCrowdGuard.ipynb"
 sys.path.insert(0, str(NOTEBOOK.parent))  # for the package that this file is in
 NOISE = re.compile(r"\s*$|(Aggregator|Collaborator) step .* registered|.*\[IPKernelApp\] WARNING|.*: \S+ has trained, ")
+OURS = ("history.*", "global_model.safetensors", f"{NOTEBOOK.stem}.*", "*.png", "*.pdf")  # what a run leaves
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -85,7 +87,8 @@ class Console:
 
     def begin(self, cell, **_) -> None:
         """Called before each cell. What those before the federation show is for who reads the notebook."""
-        self.shown = self.shown or tagged(cell, "federation")
+        if not self.shown and tagged(cell, "federation"):
+            self.shown, self.open = True, ""
 
     def flush(self) -> None:
         self.stream.flush()
@@ -132,13 +135,15 @@ def set_aside(results: Path, resume: str) -> None:
         run = json.loads((results / "history.json").read_text())["run"]
     except (OSError, ValueError, LookupError, TypeError):
         return
-    if run in ("", resume):
+    if run == resume or not (isinstance(run, str) and re.fullmatch(r"[\w-]+", run)):
         return
+    copies = itertools.count(2)  # a run can go on after it has been set aside
     aside = results / run
-    aside.mkdir(exist_ok=True)
-    for file in results.iterdir():
-        if file.is_file():
-            file.replace(aside / file.name)
+    while aside.exists():
+        aside = results / f"{run}.{next(copies)}"
+    aside.mkdir()
+    for file in itertools.chain.from_iterable(results.glob(pattern) for pattern in OURS):
+        file.replace(aside / file.name)
     print(f"what {run} has left is in {aside}")
 
 

@@ -7,8 +7,10 @@ for all participants. Everything is taken down again when the command ends, on C
 """
 
 import argparse
+import contextlib
 import itertools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -117,8 +119,9 @@ def runs_folder() -> Path:
 def remove_old_logs() -> None:
     """Removes what federations that went wrong have left, once their certificates have run out."""
     for folder in (ROOT / ".federation").glob("run-*"):
-        if time.time() - folder.stat().st_mtime > CERTIFICATE_DAYS * 86_400:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another federation may start at the same time
+            if time.time() - folder.stat().st_mtime > CERTIFICATE_DAYS * 86_400:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class Federation:
@@ -242,10 +245,21 @@ class Federation:
     def run(self, command: list[str]) -> int:
         """Runs the command beside the federation; returns its exit code, raises `SystemExit` if a process dies."""
         self.command = subprocess.Popen(command, env=self.environment, start_new_session=True, preexec_fn=self.guard)
-        while self.command.poll() is None:
-            self.check()
-            time.sleep(0.5)
+        try:
+            while self.command.poll() is None:
+                self.check()
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            self.tell_what_is_kept(self.log("director").read_text())
+            raise
         return self.command.returncode
+
+    def tell_what_is_kept(self, log: str) -> None:
+        """Says how a run that was stopped goes on, if the director has kept a round of it."""
+        for run in sorted(set(re.findall(r"\b(run-[0-9a-f]{8})-[0-9a-f]{8}\b", log))):
+            if kept := sorted(path.name for path in runs_folder().glob(f"director/{run}/round-[0-9]*")):
+                number = int(kept[-1].removeprefix("round-"))
+                print(f"stopped after round {number}: make run RESUME={run} goes on, with the same settings")
 
     def stop(self) -> None:
         """Has the guardian end everything, or does so itself if the guardian is gone."""
@@ -264,14 +278,6 @@ def interrupt(number, frame):
     raise KeyboardInterrupt
 
 
-def tell_what_is_kept(since: float) -> None:
-    """Says how the run that was stopped goes on, if a round of it is kept."""
-    latest = max(runs_folder().glob("director/*/round-[0-9]*"), key=lambda path: path.stat().st_mtime, default=None)
-    if latest and latest.stat().st_mtime > since:
-        number = int(latest.name.removeprefix("round-"))
-        print(f"stopped after round {number}: make run RESUME={latest.parent.name} goes on, with the same settings")
-
-
 def main():
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, interrupt)
@@ -284,14 +290,12 @@ def main():
     overrides = [parse_override(text) for text in args.set]
     if not shutil.which(args.command[0]):
         raise SystemExit(f"there is no command {args.command[0]}")
-    started = time.time()
     try:
         with Federation(args.participants, args.malicious, overrides) as federation:
             print(f"{len(federation.settings)} participants are online; logs: {federation.folder / 'logs'}", flush=True)
             if code := federation.run(args.command):
                 raise SystemExit(code)
     except KeyboardInterrupt:
-        tell_what_is_kept(started)
         raise SystemExit(130) from None
 
 

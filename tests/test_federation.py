@@ -277,15 +277,15 @@ def test_addresses_that_are_none_are_refused_in_one_line(address):
 
 def test_a_run_that_was_stopped_is_told_how_it_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CROWDGUARD_RUNS", str(tmp_path))
-    federation.tell_what_is_kept(0)
+    stopped = federation.Federation.__new__(federation.Federation)
+    log = "INFO experiment run-00000002-aaaaaaaa begins\nrun-00000003-bbbbbbbb waits"
+    stopped.tell_what_is_kept(log)
     assert capsys.readouterr().out == ""
-    for name in ("run-1/round-0001", "run-2/round-0003", "run-2/round-0004"):
+    for name in ("run-00000001/round-0001", "run-00000002/round-0003", "run-00000002/round-0004"):
         (tmp_path / "director" / name).mkdir(parents=True)
-        os.utime(tmp_path / "director" / name, (int(name[-1]), int(name[-1])))
-    federation.tell_what_is_kept(3)
-    assert capsys.readouterr().out.startswith("stopped after round 4: make run RESUME=run-2 goes on")
-    federation.tell_what_is_kept(5)
-    assert capsys.readouterr().out == "", "that was before"
+    stopped.tell_what_is_kept(log)
+    told = capsys.readouterr().out
+    assert told.startswith("stopped after round 4: make run RESUME=run-00000002 goes on") and told.count("\n") == 1
 
 
 def test_logs_of_what_went_wrong_are_removed_after_a_week(tmp_path, monkeypatch):

@@ -585,6 +585,7 @@ HEAD = "name: Amsterdam\ndirector: localhost:1\n"
         ("data: {folder: 5}", "data.folder: "),
         ("data: {partion: iid}", "data.partion: there is no such key; there are source, folder, class_names, "),
         ("attack: {pmr: 1}", "attack.pmr: there is no such key; there are "),
+        ("data.alpha: 1.0", "data.alpha: there is no such key; there are name, director, "),
         ("datas: {}", "datas: there is no such key; there are name, director, "),
         ("data: {class_names: [cat, 7]}", "data.class_names.1: Input should be a valid string (found: 7)"),
         ("data: {class_names: [cat, dog, cat]}", "data.class_names: 'cat' is there twice"),

@@ -67,7 +67,16 @@ def test_what_an_earlier_run_has_left_is_set_aside(results, tmp_path, resume, mo
     run.set_aside(tmp_path, resume)  # nothing is there any more
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"run": ""}'])
+def test_what_is_set_aside_again_lies_beside_the_first(results, tmp_path):
+    for rounds in (2, 1):
+        results.keep(run="run-1", federation=[ROW] * rounds, traffic=[])
+        (tmp_path / "mine.tex").write_text("of the user")
+        run.set_aside(tmp_path, "")
+    kept = [json.loads((tmp_path / name / "history.json").read_text())["federation"] for name in ("run-1", "run-1.2")]
+    assert [len(rows) for rows in kept] == [2, 1] and (tmp_path / "mine.tex").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"run": ""}', '{"run": 5}', '{"run": "../out"}'])
 def test_a_history_that_is_none_is_left_alone(tmp_path, content):
     (tmp_path / "history.json").write_text(content)
     run.set_aside(tmp_path, "")
@@ -82,6 +91,7 @@ def test_the_terminal_shows_what_the_federation_says(tmp_path):
     for cell, text in ((method, "Linear: (2, 10)\n"), (federation, "run run-1 at\n\n"), (later, "round 1 done\n")):
         console.begin(cell, cell_index=0)
         console.write(text)
+        console.write("" if console.shown else "half a line")
     console.write("round 2: Amsterdam has trained, loss 0.1\n")
     assert stream.getvalue() == "run run-1 at\nround 1 done\n"
 
