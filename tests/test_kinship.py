@@ -141,7 +141,7 @@ def test_class_gradients_are_those_of_plain_loops(experiment, conv_models, image
 
 def test_classes_without_a_gradient_say_nothing(experiment, rng):
     rows = torch.from_numpy(rng.normal(size=(3, 40))).float() * torch.tensor([[1.0], [0.0], [1e-12]])
-    found = experiment.orthonormal(torch.cat([rows, experiment.saturated(rows)]))
+    found = experiment.orthonormal(experiment.with_saturated([*rows]))
     torch.testing.assert_close(found @ found.T, torch.eye(4), atol=1e-4, rtol=0)
     assert not experiment.orthonormal(torch.zeros(3, 40)).numel()
 
