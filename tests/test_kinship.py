@@ -494,6 +494,33 @@ def test_an_accomplice_who_is_unlike_everybody_hides_nobody(experiment, rng, bel
     assert found >= 35, found
 
 
+def test_a_replay_does_not_widen_the_scale_for_others(experiment, rng):
+    lasting, replays = honest_pairs(rng, 10) + planted(10, [3, 8], 0, 0.2), np.zeros(10)
+    lasting[5], lasting[:, 5], replays[5] = -2, -2, 0.9
+    evidence = experiment.no_evidence(10)._replace(lasting=lasting, replays=replays)
+    assert experiment.flagged(evidence, 0) == {3, 5, 8}
+    assert experiment.flagged(evidence._replace(replays=np.zeros(10)), 0) == set(), "which is what the scale does"
+
+
+def test_a_vote_adds_up_what_was_sent_before(experiment, rng):
+    """Two of ten whose updates have a little in common, always the same; nobody has in one round."""
+    common, sent = rng.normal(size=(LAYERS, OUTPUTS, 4)), []
+    for _ in range(10):
+        updates = rng.normal(size=(10, LAYERS, OUTPUTS, 200))
+        for colluder in (3, 8):
+            updates[colluder] += 0.08 * common @ rng.normal(size=(LAYERS, 4, 200))
+        layers = [
+            np.stack([experiment.principal_directions(torch.from_numpy(u)) for u in layer])
+            for layer in updates.swapaxes(0, 1)
+        ]
+        sent.append(layers)
+    past = [np.stack([np.concatenate([layer[m] for layer in layers]) for layers in sent[:-1]]) for m in range(10)]
+    seen = experiment.Seen(np.ones((1, 8, 10, 2)), np.zeros(8), np.zeros((8, 10, 3)), np.ones(10), sent[-1])
+    for own in (0, 5):
+        now, over = (experiment.evidence(seen, own, known)._replace(persistence=np.zeros(10)) for known in (None, past))
+        assert experiment.flagged(now, own) == set() and experiment.flagged(over, own) == {3, 8}
+
+
 def test_who_colludes_for_the_first_time_after_honest_rounds_is_found_at_once(experiment, rng):
     found = 0
     for _ in range(50):
