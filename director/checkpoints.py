@@ -43,7 +43,11 @@ def save(folder: Path, round: int, state: dict, model: bytes) -> None:
 
 def rounds(folder: Path) -> list[Path]:
     """What is kept of a run, the last round first."""
-    return sorted(folder.glob("round-[0-9]*"), reverse=True)
+    return sorted(folder.glob("round-[0-9]*"), key=by_number, reverse=True)
+
+
+def by_number(round: Path) -> tuple[int, str]:
+    return len(round.name), round.name  # after round-9999 comes round-10000
 
 
 def load(folder: Path) -> tuple[dict, bytes]:

@@ -257,8 +257,8 @@ class Federation:
     def tell_what_is_kept(self, log: str) -> None:
         """Says how a run that was stopped goes on, if the director has kept a round of it."""
         for run in sorted(set(re.findall(r"\b(run-[0-9a-f]{8})-[0-9a-f]{8}\b", log))):
-            if kept := sorted(path.name for path in runs_folder().glob(f"director/{run}/round-[0-9]*")):
-                number = int(kept[-1].removeprefix("round-"))
+            kept = runs_folder().glob(f"director/{run}/round-[0-9]*")
+            if number := max((int(path.name.removeprefix("round-")) for path in kept), default=0):
                 print(f"stopped after round {number}: make run RESUME={run} goes on, with the same settings")
 
     def stop(self) -> None:

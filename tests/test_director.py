@@ -25,13 +25,13 @@ def port():
         return probe.getsockname()[1]
 
 
-def archive(folder, name: str, code: str, port: int, protocol: int = 3):
+def archive(folder, name: str, code: str, port: int, protocol: int = 3, resume: bool = False):
     """What the notebook sends: a plan, and code."""
     plan = {
         "aggregator": {"defaults": "", "template": "", "settings": {"rounds_to_train": 1}},
         "federated_flow": {"template": "src.experiment.Flow", "settings": {}},
         "network": {"settings": {"agg_addr": "localhost", "agg_port": port}},
-        "contract": {"protocol": protocol, "run": name, "resume": False},
+        "contract": {"protocol": protocol, "run": name, "resume": resume},
     }
     with zipfile.ZipFile(folder / f"{name}.zip", "w") as file:
         file.writestr("plan/plan.yaml", yaml.safe_dump(plan))
@@ -97,6 +97,31 @@ def test_a_notebook_of_another_protocol_is_refused_in_one_line(server, tmp_path,
     [(state, _)] = states_of(server, [archive(tmp_path, "only", "raise SystemExit('must not run')", port, protocol)])
     assert f"the notebook speaks protocol {protocol}, the director 3" in state.error
     assert len(state.error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("hidden", "told", "words"),
+    [
+        (512, ["1 rounds of only are done", "it goes on with Amsterdam, who was not in it before"], ""),
+        (256, [], "has hidden 512, not 256: choose the same settings"),
+    ],
+)
+def test_a_run_goes_on_with_the_same_settings_and_says_who_is_new(
+    server, tmp_path, monkeypatch, port, hidden, told, words
+):
+    monkeypatch.chdir(tmp_path)
+    state = {"settings": {"hidden": 512}, "participants": ["Bangalore"], "history": [{"round": 1}]}
+    server.checkpoints.save(tmp_path / "runs" / "only", 1, state, b"model")
+    code = f"class Flow:\n    def settings(self):\n        return {{'hidden': {hidden}}}\n"
+    [(state, said)] = states_of(server, [archive(tmp_path, "only", code, port, resume=True)], tmp_path / "runs")
+    assert said[:2] == told and words in state.error
+
+
+def test_a_run_of_many_rounds_goes_on_from_its_last(server, tmp_path):
+    for round in (9999, 10_000, 10_001):
+        server.checkpoints.save(tmp_path / "run-1", round, {"round": round}, b"model")
+    assert server.checkpoints.load(tmp_path / "run-1")[0] == {"round": 10_001}
+    assert len(server.checkpoints.rounds(tmp_path / "run-1")) == server.checkpoints.KEPT
 
 
 def test_the_last_results_are_kept_and_older_ones_go(server, tmp_path, monkeypatch, port):
