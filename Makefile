@@ -82,5 +82,6 @@ soak: .venv/ready
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
 	touch $@
 
+# What can be made again; results/ and runs/, with which a run can go on, stay.
 clean:
-	rm -rf .venv .federation .metaflow generated_workspace results runs
+	rm -rf .venv .federation .metaflow generated_workspace

@@ -42,7 +42,9 @@ PARTS = {
     "quiet": Setting(attackers=0, trigger="", pdr=0),
     "single": Setting(attackers=1),
     "alternating": Setting(pdr=0.5),
-} | {f"quiet, {participants} participants": Setting(Crowd(participants), 0, "", 0) for participants in (5, 6, 20)}
+    **{f"single, {trigger}": Setting(attackers=1, trigger=trigger) for trigger in ("stripes", "noise", "warp")},
+    **{f"quiet, {participants} participants": Setting(Crowd(participants), 0, "", 0) for participants in (5, 6, 20)},
+}
 PAUSES = {"alternating"}  # parts in which attackers behave in every second round
 
 

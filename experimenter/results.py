@@ -1,8 +1,10 @@
 """What is kept of a run: its history as JSON, CSV and TensorBoard's event files, and the model (docs/history.md)."""
 
 import importlib.metadata
+import itertools
 import json
 import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ MEASURES = {
     "tnr": "TNR",
 }
 NAMES = ("excluded", "attackers")
+OURS = ("history.*", "global_model.safetensors", "FederatedCrowdGuard.*", "*.png", "*.pdf")  # what a run leaves
 
 
 def table(history: list[dict]) -> pd.DataFrame:
@@ -25,6 +28,24 @@ def table(history: list[dict]) -> pd.DataFrame:
     rows["excluded"] = rows["excluded"].map(lambda names: ", ".join(names) or "–")
     columns = ["main_accuracy", "backdoor_accuracy", "excluded", "tpr", "tnr"]
     return rows[columns].astype(dict.fromkeys(MEASURES, float)).rename(columns=MEASURES)
+
+
+def set_aside(results: Path, resume: str) -> None:
+    """Moves what an earlier run has left into a folder of its name, so that nothing is lost or mixed."""
+    try:
+        run = json.loads((results / "history.json").read_text())["run"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if run == resume or not (isinstance(run, str) and re.fullmatch(r"[\w-]+", run)):
+        return
+    copies = itertools.count(2)  # a run can go on after it has been set aside
+    aside = results / run
+    while aside.exists():
+        aside = results / f"{run}.{next(copies)}"
+    aside.mkdir()
+    for file in itertools.chain.from_iterable(results.glob(pattern) for pattern in OURS):
+        file.replace(aside / file.name)
+    print(f"what {run} has left is in {aside}")
 
 
 def write(path: Path, content: bytes) -> None:

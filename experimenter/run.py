@@ -7,7 +7,6 @@ it only says whether the settings are right.
 """
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -22,7 +21,6 @@ import papermill
 NOTEBOOK = Path(__file__).parent.parent / "FederatedCrowdGuard.ipynb"
 sys.path.insert(0, str(NOTEBOOK.parent))  # for the package that this file is in
 NOISE = re.compile(r"\s*$|(Aggregator|Collaborator) step .* registered|.*\[IPKernelApp\] WARNING|.*: \S+ has trained, ")
-OURS = ("history.*", "global_model.safetensors", f"{NOTEBOOK.stem}.*", "*.png", "*.pdf")  # what a run leaves
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -129,26 +127,8 @@ def assert_director(resume: str) -> None:
         raise SystemExit(str(error)) from None
 
 
-def set_aside(results: Path, resume: str) -> None:
-    """Moves what an earlier run has left into a folder of its name, so that nothing is lost or mixed."""
-    try:
-        run = json.loads((results / "history.json").read_text())["run"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return
-    if run == resume or not (isinstance(run, str) and re.fullmatch(r"[\w-]+", run)):
-        return
-    copies = itertools.count(2)  # a run can go on after it has been set aside
-    aside = results / run
-    while aside.exists():
-        aside = results / f"{run}.{next(copies)}"
-    aside.mkdir()
-    for file in itertools.chain.from_iterable(results.glob(pattern) for pattern in OURS):
-        file.replace(aside / file.name)
-    print(f"what {run} has left is in {aside}")
-
-
 def show(history: Path) -> None:
-    from experimenter.results import table  # late, as all that takes seconds: a wrong setting is told at once
+    from experimenter.results import table
 
     rows = table(json.loads(history.read_text())["federation"])
     print(rows.round(3).to_string(na_rep="-"))
@@ -180,6 +160,8 @@ def main():
     assert_director(args.resume)
     args.results = args.results.resolve()
     args.results.mkdir(parents=True, exist_ok=True)
+    from experimenter.results import set_aside  # late, as all that takes seconds: a wrong setting is told at once
+
     set_aside(args.results, args.resume)
     os.environ["CROWDGUARD_RESULTS"] = str(args.results)
     output = args.results / NOTEBOOK.name

@@ -115,6 +115,13 @@ def test_an_activation_that_could_work_in_place_belongs_to_its_layer(experiment,
     assert torch.equal(output, activation(layer(images)) if belongs else layer(images))
 
 
+def test_dropout_between_a_layer_and_its_activation_does_nothing(experiment):
+    layer, images = nn.Linear(3, 5), torch.randn(50, 3)
+    net = nn.Sequential(layer, nn.Dropout(), nn.ReLU(inplace=True), nn.Linear(5, 2)).eval()
+    output, _ = experiment.hidden_outputs(net, images)
+    assert torch.equal(output, layer(images).relu())
+
+
 # --- The dry pass -------------------------------------------------------------------------------------------------
 
 

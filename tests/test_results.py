@@ -12,7 +12,7 @@ from conftest import ROOT
 from experimenter import run
 from experimenter.connect import Federation, State
 from experimenter.report import arrange, write_report
-from experimenter.results import Results, table
+from experimenter.results import Results, set_aside, table
 
 ROW = {
     "round": 1, "aggregation": "CrowdGuard", "participants": ["A", "B"], "main_accuracy": 0.5,
@@ -60,18 +60,18 @@ def test_a_run_that_never_began_leaves_what_an_earlier_one_has_reached(results, 
 @pytest.mark.parametrize(("resume", "moved"), [("", True), ("run-2", True), ("run-1", False)])
 def test_what_an_earlier_run_has_left_is_set_aside(results, tmp_path, resume, moved):
     results.keep(b"model", run="run-1", federation=[ROW], traffic=[])
-    run.set_aside(tmp_path, resume)
+    set_aside(tmp_path, resume)
     assert (tmp_path / "run-1" / "global_model.safetensors").exists() is moved
     assert (tmp_path / "history.json").exists() is not moved
     assert len([*(tmp_path / "tensorboard").rglob("events*")]) == 1, "which holds all runs beside each other"
-    run.set_aside(tmp_path, resume)  # nothing is there any more
+    set_aside(tmp_path, resume)  # nothing is there any more
 
 
 def test_what_is_set_aside_again_lies_beside_the_first(results, tmp_path):
     for rounds in (2, 1):
         results.keep(run="run-1", federation=[ROW] * rounds, traffic=[])
         (tmp_path / "mine.tex").write_text("of the user")
-        run.set_aside(tmp_path, "")
+        set_aside(tmp_path, "")
     kept = [json.loads((tmp_path / name / "history.json").read_text())["federation"] for name in ("run-1", "run-1.2")]
     assert [len(rows) for rows in kept] == [2, 1] and (tmp_path / "mine.tex").exists()
 
@@ -79,7 +79,7 @@ def test_what_is_set_aside_again_lies_beside_the_first(results, tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"run": ""}', '{"run": 5}', '{"run": "../out"}'])
 def test_a_history_that_is_none_is_left_alone(tmp_path, content):
     (tmp_path / "history.json").write_text(content)
-    run.set_aside(tmp_path, "")
+    set_aside(tmp_path, "")
     assert [path.name for path in tmp_path.iterdir()] == ["history.json"]
 
 

@@ -1,6 +1,7 @@
 """Each step of the client validation against a slow plain-loop reference, and against the published implementation."""
 
 import contextlib
+import copy
 import gc
 import io
 import math
@@ -82,6 +83,16 @@ def test_recorded_outputs_have_been_through_an_in_place_activation(experiment, s
     first, *_ = experiment.hidden_outputs(small_models[0], torch.randn(8, 3, 32, 32))
     assert first.shape == (8, 4 * 8 * 8)
     assert (first >= 0).all()
+
+
+@pytest.mark.parametrize(("words", "whose"), [("index out of range", "the sender's"), ("out of memory", "my own")])
+def test_memory_that_runs_out_is_nobodys_fault(experiment, small_models, loader, words, whose):
+    origin, models = small_models
+    models = [*models]
+    models[2] = copy.deepcopy(models[2])
+    models[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError(words)))
+    with contextlib.nullcontext() if whose == "the sender's" else pytest.raises(RuntimeError, match=words):
+        assert 2 in experiment.validate_models(origin, models, 0, loader, "cpu")
 
 
 def test_recording_leaves_no_hooks(experiment, small_models):
