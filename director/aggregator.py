@@ -8,6 +8,7 @@
 | `after(step)` | the aggregator's step that takes the answers to a participant's one; no participant chooses it |
 | `round` | for what is said |
 | `config.participant_timeout` | seconds without a heartbeat after which a participant is missing |
+| `config.answer_timeout` | seconds after which nobody's answer is waited for any longer |
 | `config.min_participants` | without so many the run ends; None: more than half |
 | `largest_report(step)` | bytes that an answer to a participant's step may have |
 | `pack_task(model)` of a participant's clone | what it is sent, as bytes; with the model if it was started anew |
@@ -31,6 +32,7 @@ import contextlib
 import logging
 import time
 import traceback
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,15 +45,15 @@ from openfl.experimental.workflow.component.aggregator import aggregator
 from openfl.experimental.workflow.interface import FLSpec
 from openfl.experimental.workflow.protocols import aggregator_pb2, aggregator_pb2_grpc
 from openfl.experimental.workflow.transport import AggregatorGRPCServer
-from openfl.protocols.utils import proto_to_datastream
+from openfl.protocols import base_pb2
 
-PROTOCOL = 3  # 1 was OpenFL's own: pickles
+PROTOCOL = 4  # 1 was OpenFL's own: pickles
 LOGGER = "FederatedCrowdGuard"
 LONGEST_REASON = 300  # characters of what a participant says went wrong
 WAIT = 5  # seconds a participant's question for a task may wait for one; it asks again
 NEWS = 10  # seconds without a word
 REPEATS = 5  # as often a task that is asked for again is counted
-SLOWEST = 10  # times as long as half of the others one may work
+SLOWEST = 10  # times as long as three quarters of the others one may work
 
 log = logging.getLogger(LOGGER)
 
@@ -92,6 +94,10 @@ class Aggregator(aggregator.Aggregator):
         self.changed, self.answered = asyncio.Condition(), asyncio.Event()
         self.silence, self.tell, self.keep, self.stopped, self.state = silence, tell, keep, None, None
         self.largest_answer, self.served, self.warned = 0, {}, set()  # `served`: participant → its process
+        self.late, self.packing = (
+            set(),
+            weakref.WeakValueDictionary(),
+        )  # whose last answer was not waited for any longer
 
     async def run_flow(self) -> None:
         """Runs the flow to its end, or to its first error, and leaves in `state` what came of it."""
@@ -179,14 +185,16 @@ class Aggregator(aggregator.Aggregator):
 
         Raises: `ConnectionError` if too few participants are left, `InterruptedError` if the run has been stopped.
         """
-        asked, started, half = len(self.selected_collaborators), time.monotonic(), None
+        started, usual = time.monotonic(), None
         words, spoken = f"round {self.known.round}, {step}", started
+        punctual = {*self.selected_collaborators} - self.late or {*self.selected_collaborators}
         while missing := list(self.open):
             now = time.monotonic()
-            if half is None and 2 * len(missing) < asked:
-                half = now - started
+            # Of three quarters half are honest, however quick colluders are: fewer than half of all.
+            if usual is None and 4 * len(punctual.intersection(missing)) <= len(punctual):
+                usual = now - started
             for name in missing:
-                if reason := self.given_up(name, now - started, half):
+                if reason := self.given_up(name, now - started, usual):
                     self.take(name, self.open.get(name), f"{step}: {reason}")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.answered.wait(), 1)
@@ -198,17 +206,18 @@ class Aggregator(aggregator.Aggregator):
                 log.info("%s: waiting for %s (%.0f s)", words, late, spoken - started)
         self.check_presence(words)
 
-    def given_up(self, name: str, waited: float, half: float | None) -> str | None:
-        """Why the participant is waited for no longer; None if it is."""
-        timeout = self.known.config.participant_timeout
+    def given_up(self, name: str, waited: float, usual: float | None) -> str | None:
+        """Why the participant is waited for no longer; None if it is. `usual`: what three quarters needed, if known."""
+        timeout, most = self.known.config.participant_timeout, self.known.config.answer_timeout
         if (silence := self.silence(name)) > timeout:
             return f"no heartbeat for {silence:.0f} s"
-        most = max(timeout, SLOWEST * half) if half is not None else waited
-        return (
-            f"no answer within {most:.0f} s, more than half of the others needed {half:.0f} s"
-            if waited > most
-            else None
-        )
+        if usual is not None:
+            most = min(most, max(timeout, SLOWEST * usual))
+        if waited <= most:
+            return None
+        self.late.add(name)
+        others = "" if usual is None else f", three quarters of the others needed {usual:.0f} s"
+        return f"no answer within {most:.0f} s{others}"
 
     def check_presence(self, words: str) -> None:
         """`ConnectionError` if fewer participants than `min_participants` are left."""
@@ -235,22 +244,31 @@ class Aggregator(aggregator.Aggregator):
     # --- What the participants ask ---
 
     async def get_tasks(self, name: str, process: str = "") -> tuple:
-        """Number, step and message of the participant's task, again if it has not answered; and whether it is over."""
+        """Number and step of the participant's task, again if it has not answered; what makes its `part`, or None; and
+        whether it is over."""
         with contextlib.suppress(TimeoutError):
             async with self.changed, asyncio.timeout(WAIT):
                 await self.changed.wait_for(lambda: name in self.open or self.time_to_quit)
         assignment = self.open.get(name)
         if assignment is None:
             self.quit_job_sent_to += [name] if self.time_to_quit else []
-            return 0, "", b"", self.time_to_quit
+            return 0, "", None, self.time_to_quit
         assignment.anew |= self.served.get(name, process) != process
         self.served[name] = process
-        message = assignment.clone.pack_task(self.known.current if assignment.anew else None)
-        row = {"round": self.known.round, "step": assignment.step, "participant": name, "down": len(message)}
+        key = assignment.number, assignment.anew
+        if (part := self.packing.get(key)) is None:  # however often it is asked for, it is in memory once
+            part = self.packing[key] = asyncio.ensure_future(asyncio.to_thread(self.part, assignment))
+        row = {"round": self.known.round, "step": assignment.step, "participant": name}
         if len(assignment.traffic) < REPEATS:  # a row for everything that somebody asks would fill the memory
-            assignment.traffic.append(row | {"given": time.time()})
-            self.traffic.append(assignment.traffic[-1])
-        return assignment.number, assignment.step, message, False
+            row |= {"down": len(await asyncio.shield(part)), "given": time.time()}
+            assignment.traffic.append(row)
+            self.traffic.append(row)
+        return assignment.number, assignment.step, part, False
+
+    def part(self, assignment: Assignment) -> bytes:
+        """The part of the answer that is long, serialised."""
+        message = assignment.clone.pack_task(self.known.current if assignment.anew else None)
+        return aggregator_pb2.GetTasksResponse(execution_environment=message).SerializeToString()
 
     def send_task_results(self, name: str, number: int, message: bytes, failure: str) -> None:
         """Takes one answer to the task of this number, and leaves out any other."""
@@ -262,6 +280,7 @@ class Aggregator(aggregator.Aggregator):
         if not failure and len(message) > (most := self.known.largest_report(assignment.step)):
             report = f"{assignment.step}: more than {most} bytes"
         if self.take(name, assignment, report):
+            self.late.discard(name)
             assignment.traffic[-1].update(up=len(message), taken=time.time())
 
     def warn_once(self, name: str, words: str) -> None:
@@ -287,6 +306,7 @@ class ToNotebook(logging.Handler):
 CHUNK = 4 << 20  # bytes of one gRPC message; both sides send longer ones in pieces of 2 MB
 ENVELOPE = 1 << 16  # bytes of what OpenFL puts around an answer
 AT_ONCE = 8  # calls of one certificate at the same time
+AT_ONCE_LONG = 3  # of those that may hold a model; one is all that is needed, but for one that was cut off
 CHANNEL = [
     ("grpc.keepalive_time_ms", 10_000),  # a link that is cut is noticed
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -315,14 +335,14 @@ def common_name(context) -> str:
 class Callers:
     """How many calls each certificate has open: one member's cannot keep the others' from being answered."""
 
-    def __init__(self):
-        self.open = Counter()
+    def __init__(self, most: int = AT_ONCE):
+        self.open, self.most = Counter(), most
 
     @contextlib.asynccontextmanager
     async def admit(self, name: str, context):
         """The time of a call; ends it at once if there are too many of this certificate."""
-        if self.open[name] >= AT_ONCE:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{name} has {AT_ONCE} calls open")
+        if self.open[name] >= self.most:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{name} has {self.most} calls open")
         self.open[name] += 1
         try:
             yield name
@@ -336,7 +356,7 @@ class Server(AggregatorGRPCServer):
     def __init__(self, aggregator: Aggregator, port: int, certificates: dict, instances: dict):
         """`instances`: participant → the process that has joined as it last."""
         super().__init__(aggregator, port, **certificates)
-        self.instances, self.callers = instances, Callers()
+        self.instances, self.callers = instances, Callers(AT_ONCE_LONG)
 
     @contextlib.asynccontextmanager
     async def caller(self, context):
@@ -362,10 +382,13 @@ class Server(AggregatorGRPCServer):
     async def GetTasks(self, request, context):  # noqa: N802
         async with self.caller(context) as name:
             await self.check(request.header, name, context)
-            number, step, message, over = await self.aggregator.get_tasks(name, instance_of(context))
-            answer = {"round_number": number, "function_name": step, "execution_environment": message, "quit": over}
-            for part in proto_to_datastream(aggregator_pb2.GetTasksResponse(header=self.get_header(name), **answer)):
-                yield part
+            number, step, part, over = await self.aggregator.get_tasks(name, instance_of(context))
+            answer = {"round_number": number, "function_name": step, "quit": over}
+            head = aggregator_pb2.GetTasksResponse(header=self.get_header(name), **answer).SerializeToString()
+            yield base_pb2.DataStream(npbytes=head)
+            task = await asyncio.shield(part) if part else b""  # serialised messages, one behind the other, are one
+            for begin in range(0, len(task), CHUNK // 2):
+                yield base_pb2.DataStream(npbytes=task[begin : begin + CHUNK // 2])
 
     async def SendTaskResults(self, stream, context):  # noqa: N802
         async with self.caller(context) as name:

@@ -28,8 +28,11 @@ CLOCKS_DIFFER = datetime.timedelta(minutes=5)
 def write_private(path: Path, key) -> None:
     """The key as PEM, readable by its owner alone."""
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+    part = path.with_suffix(".part")
+    part.unlink(missing_ok=True)  # a file that is there would keep its rights
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(pem)
+    part.replace(path)
 
 
 def issue(name: str, key, issuer_name, issuer_key, days: int, extensions) -> x509.Certificate:
@@ -119,6 +122,14 @@ def still_good(path: Path, name: str) -> bool:
     return days_left(path) > 0 and subject == common_name(name)
 
 
+def fits(certificate: Path, key: Path) -> bool:
+    """Whether they are a pair, which an interrupted call may not have left, or the key has been handed out."""
+    if not key.exists():
+        return True
+    private = serialization.load_pem_private_key(key.read_bytes(), password=None)
+    return private.public_key() == x509.load_pem_x509_certificate(certificate.read_bytes()).public_key()
+
+
 def days_left(path: Path) -> int:
     """Whole days until a certificate ends; negative if it has."""
     end = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
@@ -181,7 +192,7 @@ def make_certificates(
     for file in ("director", "experimenter", *participants):  # the director's host is no common name: those end at 64
         path = folder / f"{file}.crt"
         moved = file == "director" and alternative_names(path) != list(server)
-        if file not in renew and still_good(path, file) and not moved:
+        if file not in renew and still_good(path, file) and not moved and fits(path, folder / f"{file}.key"):
             continue
         key = ec.generate_private_key(ec.SECP256R1())
         identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 POLL = 0.2  # seconds
 GOODBYE = 30  # seconds in which participants may ask whether it is over, before the next experiment starts without it
 KEPT = 4  # results of so many experiments can still be fetched
+RESERVED = ("ca", "director", "experimenter", "aggregator")  # certificates of these names take no part
 OURS = {"protocol": str(PROTOCOL), "openfl": version("openfl")}  # what everybody who calls says of itself
 
 
@@ -52,7 +53,7 @@ class Door(DirectorGRPCServer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.callers = Callers()
+        self.callers, self.impostors = Callers(), set()
 
     @contextlib.asynccontextmanager
     async def require(self, name: str, context, joins: bool = False):
@@ -67,7 +68,8 @@ class Door(DirectorGRPCServer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, words)
         self.director.refused.pop(caller, None)
         if caller != name or not caller:  # a certificate may lack a common name
-            if name:  # and not just a greeting
+            if name and caller not in self.impostors:  # not just a greeting, nor again and again
+                self.impostors.add(caller)
                 log.warning("%s at %s has called in the name of %r", caller or "somebody", place, name[:50])
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"this is for the certificate of {name[:50]} alone")
         instances = self.director.instances
@@ -82,6 +84,9 @@ class Door(DirectorGRPCServer):
         return common_name(context)
 
     async def EnvoyConnectionRequest(self, request, context):  # noqa: N802
+        if request.envoy_name.lower() in RESERVED:
+            words = f"{request.envoy_name} is no participant's name: an envoy needs a certificate of its own"
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, words)
         async with self.require(request.envoy_name, context, joins=True):
             return super().EnvoyConnectionRequest(request, context)
 
@@ -275,6 +280,8 @@ class Experiment(experiment.Experiment):
         self.stopped = reason
         if self.aggregator:
             self.aggregator.stop(reason)
+        else:
+            self.failed = State(error=f"InterruptedError: {reason}")
 
     def wants(self, participant: str) -> bool:
         """Whether the participant should come: it is one, and has not been told that it is over."""
@@ -287,12 +294,15 @@ class Experiment(experiment.Experiment):
             plan = self.plan()
             check_protocol(plan)
             await until_free(plan["network"]["settings"]["agg_port"])
+            if self.stopped:
+                raise InterruptedError(self.stopped)
             await super().start(**certificates, install_requirements=False)  # nor are this machine's packages changed
         except (Exception, SystemExit) as error:  # its code may call exit
             log.exception("%s could not be run", self.name)
             self.status = experiment.Status.FAILED
             words = f"the director could not run the experiment: {type(error).__name__}: {error}"
-            self.failed = State(error=words)
+            self.failed = self.failed or State(error=words)
+            self.archive_path.unlink(missing_ok=True)
 
     def plan(self) -> dict:
         with zipfile.ZipFile(self.archive_path) as archive:
@@ -310,6 +320,7 @@ class Experiment(experiment.Experiment):
                 self.tell(f"it goes on with {', '.join(new)}, who was not in it before")
             # Who is not back yet comes later.
             self.collaborators = sorted({*self.collaborators, *state["participants"]})
+        check_heartbeats(flow.config.participant_timeout, self.director.envoy_health_check_period)
         settings = {"settings": flow.settings(), "participants": self.collaborators}
 
         def keep(history, model):
@@ -352,6 +363,13 @@ def check_protocol(plan: dict) -> None:
     number = (plan.get("contract") or {}).get("protocol")
     if number != PROTOCOL:
         raise ValueError(f"the notebook speaks protocol {number}, the director {PROTOCOL}: update the older of the two")
+
+
+def check_heartbeats(timeout: float, period: float) -> None:
+    """`ValueError` if participants would be given up between two heartbeats."""
+    if timeout < 2 * period:
+        words = f"heartbeats come every {period} s (envoy_health_check_period in the director's YAML)"
+        raise ValueError(f"participant_timeout is {timeout:g} s, and {words}: it must be at least twice that")
 
 
 def load_flow(plan):

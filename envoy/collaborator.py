@@ -4,7 +4,6 @@ What comes from the aggregator is read by the flow itself (`take_task`), whose c
 back are the bytes that its step has left in `report`. The contract is written down in director/aggregator.py.
 """
 
-import contextlib
 import importlib
 import logging
 import os
@@ -152,11 +151,13 @@ class DirectorClient(EnvoyDirectorClient):
             return self.stub.UpdateEnvoyStatus(status, timeout=PAUSE).health_check_period.seconds
         except grpc.RpcError as error:
             give_way(error)
-            with contextlib.suppress(ConnectionError):
+            try:
                 if error.code() is grpc.StatusCode.NOT_FOUND:  # the director has been restarted
                     self.connect_envoy(envoy_name)
                     return 0  # it waits for a heartbeat already
                 self.connect()
+            except OSError as trouble:  # it does not want us, or our certificates are not there: not the end
+                log.warning("no heartbeat: %s", trouble)
             return PAUSE
 
 
@@ -164,7 +165,7 @@ class Participant(envoy.Envoy):
     """An envoy that takes part with what `bring()` returns: the participant's private attributes.
 
     Args:
-        runs: folder in which it keeps what it remembers over the rounds.
+        runs: folder in which it keeps, under its name, what it remembers over the rounds.
     """
 
     def __init__(self, name: str, address: str, identity: Identity, bring, runs: Path):
@@ -219,7 +220,7 @@ class Participant(envoy.Envoy):
             if number != PROTOCOL:
                 raise ValueError(f"the experiment speaks protocol {number} and envoy/ {PROTOCOL}: update the older one")
             flow, own = load_flow(plan), self.bring()
-            own["memory"]["folder"] = self.runs / plan.config["contract"]["run"]
+            own["memory"]["folder"] = self.runs / self.name / plan.config["contract"]["run"]
             return flow, own
         except (Exception, SystemExit) as error:  # a setting that does not fit, or code that calls exit
             log.exception("cannot take part")

@@ -197,13 +197,12 @@ def load(data: Data) -> list[Source]:
     try:
         for train in (True, False):
             part = Source(*SOURCES[data.source](folder, train))
-            parts.append(
-                part._replace(classes=part.classes and [unicodedata.normalize("NFC", c) for c in part.classes])
-            )
+            names = part.classes and [unicodedata.normalize("NFC", name) for name in part.classes]
+            parts.append(part._replace(labels=np.asarray(part.labels), classes=names))
     except (OSError, RuntimeError) as error:
         raise ValueError(f"data.folder: {' '.join(str(error).split())}") from error
-    if not all(part.labels.dtype.kind in "iu" and part.labels.min(initial=0) >= 0 for part in parts):
-        raise ValueError(f"data.source: the labels of {data.source} must be integers from 0 on")
+    if not all(p.labels.ndim == 1 and p.labels.dtype.kind in "iu" and p.labels.min(initial=0) >= 0 for p in parts):
+        raise ValueError(f"data.source: the labels of {data.source} must be integers from 0 on, one for each image")
     if data.class_names:
         return [numbered(part, data.class_names) for part in parts]
     for name in parts[0].classes or []:
@@ -212,7 +211,7 @@ def load(data: Data) -> list[Source]:
             raise ValueError(f"data.folder: class {name} is missing in train or in test; {hint}")
     if parts[0].classes and (more := set(parts[1].classes) - set(parts[0].classes)):
         raise ValueError(f"data.folder: class {min(more)} is in test alone")
-    return parts
+    return [parts[0], numbered(parts[1], parts[0].classes)] if parts[0].classes else parts
 
 
 def numbered(part: Source, class_names: list[str]) -> Source:
@@ -240,7 +239,7 @@ def share(data: Data, part: Source, train: bool) -> tuple[torch.Tensor, torch.Te
     if not len(mine):
         raise ValueError(f"data.participants: {data.participants} are too many for {len(part.labels)} images")
     try:
-        values = part.read(mine)
+        values = torch.as_tensor(part.read(mine))
     except OSError as error:
         raise ValueError(f"data.folder: {error}") from error
     if not ((values >= 0) & (values <= 1)).all():

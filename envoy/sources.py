@@ -11,6 +11,7 @@ says by an `OSError`. Enter a source of your own in `SOURCES`; this one has grey
         return labels, lambda positions: read(positions).mean(1, keepdim=True), classes, 0.5, 0.25
 """
 
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -111,7 +112,10 @@ def image_folder(folder, train: bool):
         shown = not any(part.startswith(".") for part in Path(file).relative_to(root).parts)
         return shown and has_file_allowed_extension(file, IMG_EXTENSIONS)
 
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    classes.sort(
+        key=lambda name: unicodedata.normalize("NFC", name)
+    )  # macOS writes ä in two letters, which come earlier
     if not classes:
         raise FileNotFoundError(f"{root} has no folders, one for each class")
     numbers = {name: number for number, name in enumerate(classes)}

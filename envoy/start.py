@@ -47,7 +47,9 @@ def main():
     except ValueError as error:
         raise SystemExit(f"{args.settings}: director: {error}") from None
     try:
-        classes = bring()["classes"]
+        own = bring()
+        classes, images = own["classes"], [len(own[f"{part}_loader"].dataset) for part in ("train", "test")]
+        del own
         identity = channel.Identity.of(settings.name, args.certificates)
         channel.handshake(director, identity)
         channel.greet(director, identity)
@@ -60,6 +62,8 @@ def main():
     os.environ.setdefault("METAFLOW_USER", settings.name)  # metaflow fails without a user name
     from collaborator import Participant
 
+    share = f"share {settings.data.index} of data.participants: {settings.data.participants}"
+    logging.info("%d training and %d test images, %s", *images, share)
     if classes:
         logging.info("classes: %s", ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
     participant = Participant(settings.name, director, identity, bring, args.runs)

@@ -22,6 +22,7 @@ from experimenter.results import Results
 DIRECTOR = os.environ.get("CROWDGUARD_DIRECTOR", "localhost:50051")
 CERTIFICATES = Path(os.environ.get("CROWDGUARD_CERTIFICATES", "certificates"))
 LOST = 600  # seconds without an answer
+CONNECTED = 60  # a call that has lasted so many seconds had been answered until then; others are cut off before
 RETRY = 2  # seconds
 HOW = (
     "For a federation on this machine use `make run`; for a real one start director/start.py there, and set "
@@ -108,10 +109,11 @@ def refusal(error: grpc.RpcError) -> ConnectionError:
 
 
 def everybody_failed(history: list[dict]) -> str | None:
-    """What to say if everybody failed in every round; None if not."""
-    if any(row["failed"].keys() != set(row["participants"]) for row in history):
-        return None
-    return f"everybody failed in every round, in the last one: {history[-1]['failed'] if history else 'there is none'}"
+    """What to say if everybody failed in the last round, or there is none; None if not."""
+    if not history:
+        return "there is no round"
+    failed, everybody = history[-1]["failed"], history[-1]["participants"]
+    return f"everybody failed in the last round: {failed}" if failed.keys() == {*everybody} else None
 
 
 class Federation(FederatedRuntime):
@@ -194,11 +196,14 @@ class Federation(FederatedRuntime):
 
         Raises: `ConnectionError` if it does not for `LOST` seconds, or has been restarted.
         """
-        since = time.monotonic()
+        since = None
         while True:
+            called = time.monotonic()
             try:
                 return call()
             except grpc.RpcError as error:
+                if since is None or time.monotonic() - called > CONNECTED:
+                    since = time.monotonic()
                 if error.code() is grpc.StatusCode.NOT_FOUND:
                     raise ConnectionError(f"{error.details()} RESUME={self.run} goes on") from None
                 if time.monotonic() - since > LOST:

@@ -18,7 +18,7 @@ def write_report(notebook: Path) -> Path:
     texts = iter(alternatives(arranged))
     page = re.sub(r'alt="No description[^"]*"', lambda _: f'alt="{next(texts)}"', page)
     path = notebook.with_suffix(".html")
-    path.write_text(page)
+    path.write_text(page, encoding="utf-8")
     return path
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from filelock import FileLock, Timeout
 
 NOTEBOOK = Path(__file__).parent.parent / "FederatedCrowdGuard.ipynb"
 sys.path.insert(0, str(NOTEBOOK.parent))  # for the package that this file is in
@@ -127,6 +128,18 @@ def assert_director(resume: str) -> None:
         raise SystemExit(str(error)) from None
 
 
+def claim(results: Path) -> FileLock:
+    """Keeps the folder for this run; `SystemExit` if it is another one's."""
+    lock = FileLock(results / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise SystemExit(
+            f"{results} is another run's, which goes on: choose another folder (make run RESULTS=…)"
+        ) from None
+    return lock
+
+
 def show(history: Path) -> None:
     from experimenter.results import table
 
@@ -160,6 +173,7 @@ def main():
     assert_director(args.resume)
     args.results = args.results.resolve()
     args.results.mkdir(parents=True, exist_ok=True)
+    lock = claim(args.results)  # noqa: F841 (as long as this process lives)
     from experimenter.results import set_aside  # late, as all that takes seconds: a wrong setting is told at once
 
     set_aside(args.results, args.resume)

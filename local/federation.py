@@ -181,8 +181,7 @@ class Federation:
         for name, settings in self.settings.items():
             file = self.folder / "envoys" / f"{name}.yaml"
             file.write_text(yaml.safe_dump(settings, sort_keys=False))
-            runs = Path(self.environment["CROWDGUARD_RUNS"], name)
-            self.spawn(name, self.program("envoy", file, certificates, runs))
+            self.spawn(name, self.program("envoy", file, certificates, Path(self.environment["CROWDGUARD_RUNS"])))
         for name in self.settings:
             self.wait_for(name, lambda name=name: "is connected to the director" in self.log(name).read_text())
 

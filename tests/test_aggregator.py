@@ -1,11 +1,14 @@
 """The director's aggregator by itself: what it asks, what it takes, and what it leaves out."""
 
 import asyncio
+import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, load_module
+from openfl.experimental.workflow.protocols import aggregator_pb2
 
 NAMES = ["Amsterdam", "Bangalore"]
 
@@ -13,8 +16,9 @@ NAMES = ["Amsterdam", "Bangalore"]
 class Flow:
     """What the contract asks of a flow."""
 
-    def __init__(self, timeout=60, least=None):
-        self.round, self.config = 1, SimpleNamespace(participant_timeout=timeout, min_participants=least)
+    def __init__(self, timeout=60, least=None, longest=3600):
+        settings = {"participant_timeout": timeout, "min_participants": least, "answer_timeout": longest}
+        self.round, self.config = 1, SimpleNamespace(**settings)
 
     def largest_report(self, step):
         return 100
@@ -32,6 +36,7 @@ def aggregator(module):
     made.flow, made.kwargs, made.time_to_quit, made.quit_job_sent_to = Flow(), {"include": ["task"]}, False, []
     made.open, made.count, made.traffic, made.largest_answer, made.served, made.warned = {}, 0, [], 0, {}, set()
     made.changed, made.answered = asyncio.Condition(), asyncio.Event()
+    made.late, made.packing = set(), weakref.WeakValueDictionary()
     made.selected_collaborators = made.authorized_cols = NAMES
     made.silent = dict.fromkeys(NAMES, 0)
     made.silence, made.stopped = made.silent.get, None
@@ -41,15 +46,22 @@ def aggregator(module):
     return made
 
 
+async def task_of(aggregator, name, process=""):
+    """Number, step and message of what the participant is given, and whether it is over."""
+    number, step, part, over = await aggregator.get_tasks(name, process)
+    message = aggregator_pb2.GetTasksResponse.FromString(await part).execution_environment if part else b""
+    return number, step, message, over
+
+
 def test_a_task_is_given_again_until_it_is_answered(aggregator, module, monkeypatch):
     monkeypatch.setattr(module, "WAIT", 0.01)
 
     async def play():
         await aggregator.ask("train")
-        first, again = [await aggregator.get_tasks("Amsterdam") for _ in range(2)]
+        first, again = [await task_of(aggregator, "Amsterdam") for _ in range(2)]
         assert first == again == (1, "train", b"task of Amsterdam", False)
         aggregator.send_task_results("Amsterdam", 1, b"update", "")
-        assert await aggregator.get_tasks("Amsterdam") == (0, "", b"", False), "there is nothing to do for it"
+        assert await task_of(aggregator, "Amsterdam") == (0, "", b"", False), "there is nothing to do for it"
 
     asyncio.run(play())
     assert [row["step"] for row in aggregator.traffic] == ["train", "train"], "both have travelled"
@@ -62,7 +74,7 @@ def test_who_is_started_anew_gets_the_global_model_until_it_has_answered(aggrega
 
     async def play():
         async def asked_by(process):
-            return (await aggregator.get_tasks("Amsterdam", process))[2]
+            return (await task_of(aggregator, "Amsterdam", process))[2]
 
         await aggregator.ask("train")
         assert await asked_by("first") == await asked_by("first") == b"task of Amsterdam"
@@ -136,6 +148,22 @@ def test_who_repeats_itself_fills_no_memory(aggregator, module, caplog):
     assert len([record for record in caplog.records if "was not asked" in record.getMessage()]) == 1
 
 
+def test_a_task_that_is_asked_for_at_once_is_packed_once_and_not_kept(aggregator):
+    packed = []
+    clone = aggregator.clones_dict["Amsterdam"]
+    clone.pack_task = lambda model: packed.append(model) or bytes(10**6)
+
+    async def play():
+        await aggregator.ask("train")
+        parts = [part for _, _, part, _ in [await aggregator.get_tasks("Amsterdam") for _ in range(8)]]
+        assert len({id(await part) for part in parts}) == len(packed) == 1
+        del parts
+        gc.collect()
+        assert not aggregator.packing
+
+    asyncio.run(play())
+
+
 def asked(aggregator, meanwhile=None):
     """Asks everybody and waits for the answers, while something goes on."""
     aggregator.changed, aggregator.answered = asyncio.Condition(), asyncio.Event()  # of this loop
@@ -189,11 +217,42 @@ def test_slow_is_not_dead(of_three):
     assert all(of_three.clones_dict[name].report == b"update" for name in THREE)
 
 
-def test_who_never_answers_is_left_out_when_the_others_have(of_three, module, monkeypatch):
+def test_who_never_answers_is_left_out_and_the_next_time_when_the_others_have_answered(of_three, module, monkeypatch):
     monkeypatch.setattr(module, "SLOWEST", 2)
-    of_three.flow = Flow(timeout=1)
+    of_three.flow = Flow(timeout=1, longest=3)
     asked(of_three, answers_of(of_three, *NAMES, after=0.2))
-    assert "train: no answer within 1 s" in of_three.clones_dict["Chandler"].report
+    assert of_three.clones_dict["Chandler"].report == "train: no answer within 3 s"
+    asked(of_three, answers_of(of_three, *NAMES, after=0.2))
+    assert "train: no answer within 1 s, three quarters of the others" in of_three.clones_dict["Chandler"].report
+    asked(of_three, answers_of(of_three, *THREE, after=0.2))
+    assert not of_three.late, "it has answered"
+
+
+@pytest.mark.parametrize("names", [["Amsterdam"], NAMES])
+def test_one_or_two_are_not_waited_for_for_ever(aggregator, names):
+    aggregator.selected_collaborators, aggregator.flow = names, Flow(timeout=1, longest=2)
+    asked(aggregator, answers_of(aggregator, *names[1:]))
+    assert aggregator.clones_dict["Amsterdam"].report == "train: no answer within 2 s"
+
+
+def test_quick_colluders_do_not_choose_who_is_waited_for(aggregator, module, monkeypatch):
+    """Two of five answer at once, one honest participant soon, the others need far longer than ten times that."""
+    monkeypatch.setattr(module, "SLOWEST", 2)
+    five = [*THREE, "Detroit", "Espoo"]
+    aggregator.selected_collaborators = aggregator.authorized_cols = five
+    aggregator.silent.update(dict.fromkeys(five, 0))
+    aggregator.clones_dict = {n: SimpleNamespace(task="", pack_task=lambda model: b"task") for n in five}
+    aggregator.flow = Flow(timeout=0.5)
+
+    async def meanwhile():
+        await asyncio.gather(
+            answers_of(aggregator, "Detroit", "Espoo")(),
+            answers_of(aggregator, "Amsterdam", after=0.1)(),
+            answers_of(aggregator, "Bangalore", "Chandler", after=4)(),
+        )
+
+    asked(aggregator, meanwhile)
+    assert all(aggregator.clones_dict[name].report == b"update" for name in five)
 
 
 def test_too_few_are_the_end_and_the_missing_are_named(of_three):
@@ -236,7 +295,11 @@ def test_the_contract_is_what_flow_director_and_envoys_keep(module, experiment):
     flow.round, flow.current, flow.task = 1, b"model", experiment.Task(1)
     assert flow.after("train") == flow.collect_models
     assert flow.largest_report("train") > flow.largest_report("evaluate") > 0
-    assert flow.config.participant_timeout == 60 and flow.config.min_participants is None
+    assert (
+        flow.config.participant_timeout == 60
+        and flow.config.answer_timeout == 3600
+        and flow.config.min_participants is None
+    )
     flow.take_task(flow.pack_task())
     with pytest.raises(LookupError):
         flow.after("start")

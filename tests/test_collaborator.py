@@ -87,7 +87,7 @@ def participant(collaborator):
     return made
 
 
-def plan(protocol=3):
+def plan(protocol=4):
     return SimpleNamespace(
         config={"contract": {"protocol": protocol, "run": "one"}, "federated_flow": {"template": "src.flow.Flow"}}
     )
@@ -110,16 +110,16 @@ def test_every_experiment_runs_its_own_code(participant, workspace):
         workspace.write_text(f"class Flow:\n    number = {number}\n" + "#" * number)
         flow, private = participant.prepare(plan())
         assert flow.number == number
-        assert private == {"data": "images", "memory": {"folder": Path("runs/one")}}
+        assert private == {"data": "images", "memory": {"folder": Path("runs/Amsterdam/one")}}
 
 
-@pytest.mark.parametrize("protocol", [1, 2, 4, None])
+@pytest.mark.parametrize("protocol", [1, 2, 3, None])
 def test_an_envoy_of_another_protocol_says_so_in_every_answer(collaborator, participant, workspace, protocol):
     workspace.write_text("raise SystemExit('must not run')")
     client = Client(task("train", 1))
     collaborator.Collaborator("Amsterdam", client, *participant.prepare(plan(protocol))).run()
     [(_, report, failure)] = client.answers
-    assert report == b"" and f"the experiment speaks protocol {protocol} and envoy/ 3" in failure
+    assert report == b"" and f"the experiment speaks protocol {protocol} and envoy/ 4" in failure
 
 
 @pytest.mark.parametrize(
@@ -206,3 +206,18 @@ def test_a_director_that_has_been_restarted_hears_of_the_envoy_at_once(collabora
     client = collaborator.DirectorClient("localhost:1", "Amsterdam", None)
     assert client.send_health_check("Amsterdam", False) == 0
     assert said == ["heartbeat", "joins"]
+
+
+def test_certificates_that_are_away_for_a_while_do_not_end_the_heartbeat(collaborator, monkeypatch, caplog):
+    def connect(self):
+        if hasattr(self, "stub"):
+            raise FileNotFoundError("ca.crt")
+        self.stub = SimpleNamespace(UpdateEnvoyStatus=lambda request, timeout: (_ for _ in ()).throw(Unreachable()))
+
+    class Unreachable(grpc.RpcError):
+        def code(self):
+            return grpc.StatusCode.UNAVAILABLE
+
+    monkeypatch.setattr(collaborator.DirectorClient, "connect", connect)
+    client = collaborator.DirectorClient("localhost:1", "Amsterdam", None)
+    assert client.send_health_check("Amsterdam", False) == collaborator.PAUSE and "no heartbeat: ca.crt" in caplog.text

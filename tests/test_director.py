@@ -1,6 +1,7 @@
 """The director goes on after experiments that it cannot run, and says why it could not."""
 
 import asyncio
+import contextlib
 import socket
 import time
 import zipfile
@@ -25,7 +26,7 @@ def port():
         return probe.getsockname()[1]
 
 
-def archive(folder, name: str, code: str, port: int, protocol: int = 3, resume: bool = False):
+def archive(folder, name: str, code: str, port: int, protocol: int = 4, resume: bool = False):
     """What the notebook sends: a plan, and code."""
     plan = {
         "aggregator": {"defaults": "", "template": "", "settings": {"rounds_to_train": 1}},
@@ -91,11 +92,11 @@ def test_a_taken_port_is_named(server, tmp_path, monkeypatch):
     assert f"port {taken} cannot be used" in state.error
 
 
-@pytest.mark.parametrize("protocol", [1, 2, 4, None, "3"])
+@pytest.mark.parametrize("protocol", [1, 2, 3, None, "4"])
 def test_a_notebook_of_another_protocol_is_refused_in_one_line(server, tmp_path, monkeypatch, port, protocol):
     monkeypatch.chdir(tmp_path)
     [(state, _)] = states_of(server, [archive(tmp_path, "only", "raise SystemExit('must not run')", port, protocol)])
-    assert f"the notebook speaks protocol {protocol}, the director 3" in state.error
+    assert f"the notebook speaks protocol {protocol}, the director 4" in state.error
     assert len(state.error.splitlines()) == 1
 
 
@@ -122,6 +123,33 @@ def test_a_run_of_many_rounds_goes_on_from_its_last(server, tmp_path):
         server.checkpoints.save(tmp_path / "run-1", round, {"round": round}, b"model")
     assert server.checkpoints.load(tmp_path / "run-1")[0] == {"round": 10_001}
     assert len(server.checkpoints.rounds(tmp_path / "run-1")) == server.checkpoints.KEPT
+
+
+def test_a_run_that_waits_for_its_turn_can_be_stopped_at_once(server, tmp_path, monkeypatch, port):
+    monkeypatch.chdir(tmp_path)
+
+    async def play():
+        director = server.Director(runs=tmp_path / "runs", tls=False)
+        await director.set_new_experiment("one", "experimenter", [], archive(tmp_path, "one", "1 / 0", port))
+        waiting = director.experiments_registry.get("one")
+        waiting.stop("stopped by the experimenter")
+        at_once = waiting.state
+        loop = asyncio.ensure_future(director.start_experiment_execution_loop())
+        await server.until(lambda: not director.experiments_registry.pending and not waiting.archive_path.exists(), 20)
+        loop.cancel()
+        return at_once, waiting.state
+
+    at_once, later = asyncio.run(play())
+    assert at_once.error == later.error == "InterruptedError: stopped by the experimenter"
+    assert not (tmp_path / "one.zip").exists(), "nothing is left of it"
+
+
+@pytest.mark.parametrize(
+    ("timeout", "period", "fits"), [(60, 1, True), (60, 30, True), (60, 31, False), (1.5, 1, False)]
+)
+def test_who_would_be_given_up_between_two_heartbeats_is_not_asked(server, timeout, period, fits):
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="at least twice that"):
+        server.check_heartbeats(timeout, period)
 
 
 def test_the_last_results_are_kept_and_older_ones_go(server, tmp_path, monkeypatch, port):

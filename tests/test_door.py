@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import psutil
@@ -331,9 +332,9 @@ def notebook_side(director, place, monkeypatch):
 
 
 @pytest.mark.parametrize(("facts", "words"), [
-    ((("protocol", "1"), ("openfl", "1.9")), "it has protocol 1, not 3"),
-    ((("protocol", "3"), ("openfl", "1.8")), "it has openfl 1.8, not 1.9"),
-    ((), "it has protocol unknown, not 3 and openfl unknown, not 1.9"),
+    ((("protocol", "1"), ("openfl", "1.9")), "it has protocol 1, not 4"),
+    ((("protocol", "4"), ("openfl", "1.8")), "it has openfl 1.8, not 1.9"),
+    ((), "it has protocol unknown, not 4 and openfl unknown, not 1.9"),
 ])  # fmt: skip
 def test_a_stale_envoy_is_refused_in_one_line_that_reaches_the_notebook(
     place, director, monkeypatch, caplog, facts, words
@@ -371,7 +372,7 @@ def test_the_envoy_itself_ends_with_that_line(place, director, tmp_path):
 
 
 @pytest.mark.parametrize(("old", "new", "words"), [
-    ("PROTOCOL = 3", "PROTOCOL = 1", "protocol 1, not 3|protocol 3, not 1"),
+    ("PROTOCOL = 4", "PROTOCOL = 1", "protocol 1, not 4|protocol 4, not 1"),
     ('OPENFL = "1.9"', 'OPENFL = "1.10"', "the director has OpenFL 1.9 and needs 1.10"),
 ])  # fmt: skip
 def test_a_stale_director_is_refused_in_one_line_that_reaches_the_notebook(
@@ -393,6 +394,46 @@ def test_a_stale_director_is_refused_in_one_line_that_reaches_the_notebook(
             channel.greet(stale.address, ours(place))
     finally:
         stale.end()
+
+
+@pytest.mark.parametrize("name", ["experimenter", "director"])
+def test_a_certificate_that_is_no_participant_s_takes_no_part(place, director, monkeypatch, name):
+    stub = director_pb2_grpc.DirectorStub(channel.open_channel(director.address, ours(place, name)))
+    request = director_pb2.SendConnectionRequest(envoy_name=name)
+    error = outcome(lambda: stub.EnvoyConnectionRequest(request, timeout=10))
+    assert error.code() is CODE.PERMISSION_DENIED and "is no participant's name" in error.details()
+    assert name not in notebook_side(director, place, monkeypatch).Federation().collaborators
+
+
+@pytest.mark.parametrize(("lasts", "calls"), [([700, 0], 2), ([5, 5, 700, 0], 4), ([5] * 300, 120)])
+def test_an_outage_is_counted_from_its_begin(place, director, monkeypatch, lasts, calls):
+    """A stream that breaks after hours has not been silent for so long; a director that is away is given up."""
+    connect = notebook_side(director, place, monkeypatch)
+    federation, now, made = connect.Federation(), [0.0], []
+    federation.name = "mine"
+
+    class Broken(grpc.RpcError):
+        def code(self):
+            return CODE.UNAVAILABLE
+
+        def details(self):
+            return "Socket closed"
+
+    def call():
+        made.append(lasts[len(made)])
+        now[0] += made[-1]
+        if made[-1]:
+            raise Broken
+        return "answer"
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: None)
+    monkeypatch.setattr(connect, "time", clock)
+    if 0 in lasts:
+        assert federation.insist(call) == "answer"
+    else:
+        with pytest.raises(ConnectionError, match="no answer from .* for 600 s"):
+            federation.insist(call)
+    assert abs(len(made) - calls) <= 2
 
 
 def test_an_experiment_that_cannot_be_submitted_ends_in_one_line(place, director, monkeypatch, tmp_path):
@@ -480,3 +521,16 @@ def test_certificates_can_be_renewed_and_listed(place, tmp_path):
     assert [line.split()[0] for line in listed.splitlines()] == sorted(
         ["Amsterdam.crt", "Mallory.crt", "ca.crt", "director.crt", "experimenter.crt"]
     )
+
+
+def test_a_key_is_its_owner_s_alone_and_fits_its_certificate(place, tmp_path):
+    """Whatever rights the last one had, and though a call was interrupted between the two files."""
+    shutil.copytree(place / "certificates", tmp_path / "c")
+    key, before = tmp_path / "c" / "Mallory.key", (tmp_path / "c" / "Amsterdam.key").read_bytes()
+    key.chmod(0o644)
+    certificates.make_certificates(tmp_path / "c", None, ["Mallory"], renew=("Mallory",))
+    assert key.stat().st_mode & 0o777 == 0o600
+    key.write_bytes(before)
+    certificates.make_certificates(tmp_path / "c", None, ["Amsterdam", "Mallory"])
+    channel.Identity.of("Mallory", tmp_path / "c")
+    assert key.read_bytes() != before == (tmp_path / "c" / "Amsterdam.key").read_bytes()

@@ -74,8 +74,8 @@ def run(experiment, private_attributes, tmp_path, monkeypatch):
 
 
 ROW = {
-    "round", "aggregation", "participants", "main_accuracy", "backdoor_accuracy", "per_participant", "votes",
-    "accepted", "excluded", "attackers", "tpr", "tnr", "failed",
+    "round", "aggregation", "participants", "main_accuracy", "backdoor_accuracy", "backdoor", "per_participant",
+    "votes", "accepted", "excluded", "attackers", "tpr", "tnr", "failed",
 }  # fmt: skip
 
 

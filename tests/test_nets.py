@@ -1,5 +1,6 @@
 """Any net: what is recorded of it, what travels of it, and what is said before it is trained."""
 
+import contextlib
 import copy
 
 import pytest
@@ -210,6 +211,15 @@ def test_tensors_that_cannot_be_averaged_are_named(experiment, net, words):
         experiment.check_net(net())
 
 
+@pytest.mark.parametrize(
+    ("kept", "differs"), [([4, 4], None), ([5, 4], "0.bias"), ([4, 4, 4], "2.bias"), ([4], "1.bias")]
+)
+def test_a_run_goes_on_with_the_net_that_it_had(experiment, kept, differs):
+    now, before = (nn.Sequential(*(nn.Linear(4, size) for size in sizes)).state_dict() for sizes in ([4, 4], kept))
+    with pytest.raises(experiment.Unfit, match=f"differs in {differs}") if differs else contextlib.nullcontext():
+        experiment.check_kept(now, before)
+
+
 def test_extra_state_is_named(experiment):
     class Extra(nn.Linear):
         def get_extra_state(self):
@@ -270,6 +280,19 @@ def test_a_constant_stays_what_it_is(experiment, name, dtype):
         assert all(name not in experiment.load(update) for update in sent), "it need not travel"
         arrived = [experiment.unpack_update(update, held, others) for update in sent]
         state = experiment.clipped_avg(arrived, held, 0.1, [], others)
+
+
+def test_a_minority_s_statistics_move_nothing_far(experiment):
+    """They are in no norm and clipped by none: one running mean far away would be a model of its own."""
+    model = with_buffer(torch.zeros(1))
+    reference, others = model.state_dict(), experiment.buffers(model)
+    states = [reference | {"1.running_mean": torch.full((2,), v), "1.num_batches_tracked": torch.tensor(int(10 * v))}
+              for v in (0.1, 0.2, 0.3, 1e5, -1e5)]  # fmt: skip
+    found = experiment.clipped_avg(states, reference, 1, [], others)
+    assert found["1.running_mean"].tolist() == pytest.approx([0.2, 0.2]) and found["1.num_batches_tracked"] == 2
+    found = experiment.clipped_avg(states[:4], reference, 1, [], others)
+    assert found["1.running_mean"].tolist() == pytest.approx([0.25, 0.25])
+    assert found["table"] is reference["table"] and found.keys() == reference.keys()
 
 
 def test_statistics_are_averaged_as_they_are(experiment):

@@ -229,6 +229,22 @@ def test_an_umlaut_is_one_class_however_the_disk_writes_it(private_attributes, i
     )
 
 
+def test_classes_have_the_same_numbers_however_their_letters_are_written(private_attributes, image_tree):
+    """macOS writes an umlaut as two letters, and would number b\u00fcffel before buzzard."""
+    for part, written in (("train", "b\u00fcffel"), ("test", "bu\u0308ffel")):
+        (image_tree / part / "bee").rename(image_tree / part / written)
+        (image_tree / part / "ant").rename(image_tree / part / "buzzard")
+        for name, value in ((written, 0), ("buzzard", 128), ("cat", 255)):
+            for image in (image_tree / part / name).iterdir():
+                Image.new("RGB", (8, 8), (value,) * 3).save(image)
+    brought = of_folder(private_attributes, image_tree)
+    assert brought["classes"] == ["buzzard", "b\u00fcffel", "cat"]
+    for part in ("train", "test"):
+        images, labels = brought[f"{part}_loader"].dataset.tensors
+        order = [float(images[labels == label].mean()) for label in (1, 0, 2)]
+        assert order == sorted(order)
+
+
 def test_what_begins_with_a_dot_is_neither_class_nor_image(private_attributes, image_tree):
     before = of_folder(private_attributes, image_tree)["train_loader"].dataset.tensors
     some = image_tree / "train" / "ant" / "0.png"
@@ -411,6 +427,7 @@ def test_a_source_of_one_s_own_needs_two_things(private_attributes, monkeypatch)
         ((np.arange(40) % 4, lambda p: torch.rand(len(p), 9), None, 0.0, torch.zeros(9)), "its mean and std"),
         ((np.array(["a", "b"] * 20), lambda p: torch.rand(len(p), 9)), "must be integers from 0 on"),
         ((np.arange(40) % 4 - 1, lambda p: torch.rand(len(p), 9)), "must be integers from 0 on"),
+        ((np.arange(40).reshape(20, 2), lambda p: torch.rand(len(p), 9)), "one for each image"),
     ],
 )
 def test_a_source_that_does_not_fit_is_told_so(private_attributes, monkeypatch, returned, words):

@@ -10,14 +10,14 @@ import pytest
 from conftest import ROOT
 
 from experimenter import run
-from experimenter.connect import Federation, State
+from experimenter.connect import Federation, State, everybody_failed
 from experimenter.report import arrange, write_report
 from experimenter.results import Results, set_aside, table
 
 ROW = {
     "round": 1, "aggregation": "CrowdGuard", "participants": ["A", "B"], "main_accuracy": 0.5,
-    "backdoor_accuracy": None, "per_participant": {}, "votes": {}, "accepted": ["A"], "excluded": ["B"],
-    "attackers": ["B"], "tpr": 1.0, "tnr": None, "failed": {"B": "disk"},
+    "backdoor_accuracy": None, "backdoor": None, "per_participant": {}, "votes": {}, "accepted": ["A"],
+    "excluded": ["B"], "attackers": ["B"], "tpr": 1.0, "tnr": None, "failed": {"B": "disk"},
 }  # fmt: skip
 
 
@@ -81,6 +81,23 @@ def test_a_history_that_is_none_is_left_alone(tmp_path, content):
     (tmp_path / "history.json").write_text(content)
     set_aside(tmp_path, "")
     assert [path.name for path in tmp_path.iterdir()] == ["history.json"]
+
+
+def test_a_folder_is_one_run_s_as_long_as_it_goes_on(tmp_path):
+    lock = run.claim(tmp_path)
+    with pytest.raises(SystemExit, match="is another run's"):
+        run.claim(tmp_path)
+    lock.release()
+    run.claim(tmp_path).release()
+
+
+@pytest.mark.parametrize(
+    ("failed", "words"), [([], "there is no round"), ([0, 2], "last round"), ([2, 0], None), ([1, 1], None)]
+)
+def test_a_run_in_whose_last_round_everybody_failed_is_no_success(failed, words):
+    rows = [{"participants": ["A", "B"], "failed": dict.fromkeys("AB"[:count], "size mismatch")} for count in failed]
+    said = everybody_failed(rows)
+    assert words in said if words else said is None
 
 
 def test_the_terminal_shows_what_the_federation_says(tmp_path):
