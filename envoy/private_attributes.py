@@ -239,7 +239,7 @@ def share(data: Data, part: Source, train: bool) -> tuple[torch.Tensor, torch.Te
     if not len(mine):
         raise ValueError(f"data.participants: {data.participants} are too many for {len(part.labels)} images")
     try:
-        values = torch.as_tensor(part.read(mine))
+        values = torch.as_tensor(part.read(mine), dtype=torch.float32)
     except OSError as error:
         raise ValueError(f"data.folder: {error}") from error
     if not ((values >= 0) & (values <= 1)).all():

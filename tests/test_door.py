@@ -1,6 +1,7 @@
 """Who may come in: a director as a process, and callers whose certificates, names or software do not fit."""
 
 import datetime
+import io
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -292,9 +294,13 @@ def test_an_experiment_that_is_there_is_not_given_to_others(place, director):
     def stub(name):
         return director_pb2_grpc.DirectorStub(channel.open_channel(director.address, ours(place, name)))
 
-    sent = director_pb2.ExperimentInfo(name="theirs", collaborator_names=["Amsterdam"])
-    sent.experiment_data.size, sent.experiment_data.exp_data = 7, b"archive"
-    assert stub("experimenter").SetNewExperiment(iter([sent]), timeout=10).status
+    contract, network = {"protocol": channel.PROTOCOL}, {"settings": {"agg_port": director.port}}  # which is taken
+    with zipfile.ZipFile(waits_for_its_port := io.BytesIO(), "w") as file:
+        file.writestr("plan/plan.yaml", yaml.safe_dump({"contract": contract, "network": network}))
+    for experiment, archive in (("first", waits_for_its_port.getvalue()), ("theirs", b"archive")):
+        sent = director_pb2.ExperimentInfo(name=experiment, collaborator_names=["Amsterdam"])
+        sent.experiment_data.size, sent.experiment_data.exp_data = len(archive), archive
+        assert stub("experimenter").SetNewExperiment(iter([sent]), timeout=10).status
     for name in ("Amsterdam", "Mallory"):
         request = director_pb2.GetExperimentDataRequest(experiment_name="theirs", collaborator_name=name)
         got = outcome(lambda name=name, request=request: stub(name).GetExperimentData(request, timeout=10))

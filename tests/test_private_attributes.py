@@ -410,11 +410,14 @@ def test_tabular_data_have_a_trigger_and_a_net_learns_them(private_attributes):
 
 def test_a_source_of_one_s_own_needs_two_things(private_attributes, monkeypatch):
     def stripes(folder, train):
+        if train:
+            return [0, 1, 2, 3] * 10, lambda positions: torch.rand(len(positions), 2, 10, 12).double().numpy()
         return np.arange(40) % 4, lambda positions: torch.rand(len(positions), 2, 10, 12)
 
     monkeypatch.setitem(private_attributes.SOURCES, "stripes", stripes)
     mine = private_attributes.participant("A", {"source": "stripes", "participants": 2, "index": 1})
-    assert mine["train_loader"].dataset.tensors[0].shape == (20, 2, 10, 12)
+    images = mine["train_loader"].dataset.tensors[0]
+    assert images.shape == (20, 2, 10, 12) and images.dtype == torch.float32
     assert mine["classes"] is None and "folder" not in mine
 
 
