@@ -3,7 +3,7 @@
     python envoy/start.py envoy/Amsterdam.yaml --certificates certificates
 
 Needs `ca.crt`, `<name>.crt` and `<name>.key` in the certificates' folder; every connection is mutual TLS. Settings,
-data, certificates and the director are looked at before the envoy joins. It works in a folder of its own in `--runs`.
+data, certificates and the director are looked at before the envoy joins. It works in `--runs`, in a folder of its name.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main():
     parser.add_argument("settings", type=Path, help="the participant's YAML file")
     parser.add_argument("--certificates", type=Path, default=Path("certificates"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for what it remembers over the rounds")
-    parser.add_argument("--work", type=Path, help="where it makes a folder to work in, and empties it; default: --runs")
+    parser.add_argument("--work", type=Path, help="where it works, in a folder that it empties; default: --runs")
     args = parser.parse_args()
 
     import channel
@@ -67,7 +67,7 @@ def main():
     if classes:
         logging.info("classes: %s", ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
     participant = Participant(settings.name, director, identity, bring, args.runs)
-    work_in((args.work or args.runs) / f".{settings.name}-{director.replace(':', '-')}")
+    work_in((args.work or args.runs / settings.name) / f".{settings.name}-{director.replace(':', '-')}")
     try:
         participant.start()
     except ConnectionError as error:
