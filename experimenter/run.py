@@ -99,6 +99,8 @@ def execute(notebook, output: Path | None) -> None:
         copy = Path(folder) / NOTEBOOK.name
         nbformat.write(notebook, copy)
         os.environ["CROWDGUARD_NOTEBOOK"] = str(copy)  # so that the copy's settings reach the envoys
+        if not output:  # an export leaves the results of earlier runs where they are
+            os.environ["CROWDGUARD_RESULTS"] = folder
         if output:  # two of these at once must not share a workspace
             os.environ.setdefault("CROWDGUARD_WORKSPACE", str(Path(folder) / "workspace" / "generated_workspace"))
         try:
@@ -152,11 +154,14 @@ def main():
     parser.add_argument("--config", choices=("demo", "published"), default="demo", help="the notebook's named settings")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one field of them")
     parser.add_argument("--results", type=Path, default=Path(os.environ.get("CROWDGUARD_RESULTS", "results")))
-    parser.add_argument("--resume", default="", metavar="RUN", help="go on with a run that did not come to its end")
+    parser.add_argument(
+        "--resume", default=os.environ.get("CROWDGUARD_RESUME", ""), metavar="RUN", help="go on with it"
+    )
     parser.add_argument("--export", action="store_true", help="only write generated_workspace/")
     parser.add_argument("--check", action="store_true", help="only look whether the settings are right")
     args = parser.parse_args()
     os.environ["CROWDGUARD_RESUME"] = args.resume
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the cores from other processes
     warnings.filterwarnings("ignore", module="(.*/)?metaflow")  # OpenFL's dependencies on their own age, here
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:metaflow.metaflow_config")  # and in the kernel
     for place in ("CROWDGUARD_CERTIFICATES", "CROWDGUARD_ENVOYS", "CROWDGUARD_WORKSPACE"):
