@@ -94,10 +94,8 @@ class Aggregator(aggregator.Aggregator):
         self.changed, self.answered = asyncio.Condition(), asyncio.Event()
         self.silence, self.tell, self.keep, self.stopped, self.state = silence, tell, keep, None, None
         self.largest_answer, self.served, self.warned = 0, {}, set()  # `served`: participant → its process
-        self.late, self.packing = (
-            set(),
-            weakref.WeakValueDictionary(),
-        )  # whose last answer was not waited for any longer
+        self.late = set()  # participants whose last answer was not waited for any longer
+        self.packing = weakref.WeakValueDictionary()  # (number, anew) of an assignment → what makes its part
 
     async def run_flow(self) -> None:
         """Runs the flow to its end, or to its first error, and leaves in `state` what came of it."""

@@ -134,11 +134,14 @@ def claim(results: Path) -> FileLock:
     """Keeps the folder for this run; `SystemExit` if it is another one's."""
     lock = FileLock(results / ".lock")
     try:
+        results.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
         raise SystemExit(
             f"{results} is another run's, which goes on: choose another folder (make run RESULTS=…)"
         ) from None
+    except OSError as error:
+        raise SystemExit(f"{results}: {error.strerror}: choose another folder (make run RESULTS=…)") from None
     return lock
 
 
@@ -177,7 +180,6 @@ def main():
         return
     assert_director(args.resume)
     args.results = args.results.resolve()
-    args.results.mkdir(parents=True, exist_ok=True)
     lock = claim(args.results)  # noqa: F841 (as long as this process lives)
     from experimenter.results import set_aside  # late, as all that takes seconds: a wrong setting is told at once
 

@@ -83,6 +83,13 @@ def test_a_history_that_is_none_is_left_alone(tmp_path, content):
     assert [path.name for path in tmp_path.iterdir()] == ["history.json"]
 
 
+def test_results_that_cannot_be_written_are_told_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit, match="file: .*choose another folder"):
+        run.claim(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_folder_is_one_run_s_as_long_as_it_goes_on(tmp_path):
     lock = run.claim(tmp_path)
     with pytest.raises(SystemExit, match="is another run's"):
