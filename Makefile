@@ -3,7 +3,7 @@
 #   make run CONFIG=published ENVOY="data.source=image_folder data.folder=$HOME/cifar10 attack.first_round=1"
 # (Detroit attacks from round 6 on, which the five published rounds would not see. Values must not hold blanks.)
 
-PYTHON       ?= $(shell for p in python3.11 python3.12 python3; do $$p --version >/dev/null 2>&1 && echo $$p && break; done)
+PYTHON       ?= $(or $(shell for p in python3.11 python3.12; do $$p --version >/dev/null 2>&1 && echo $$p && break; done),python3)
 PARTICIPANTS ?= 4
 MALICIOUS    ?= 1
 CONFIG       ?= demo
@@ -25,6 +25,9 @@ PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=15
 # Of the faults CI tries one of each kind; `make faults` tries all, and links that are cut; `make soak` many at random.
 SHORT := -k "not same_model and not many_points and not hangs and not make_run and not other_settings \
          and not restarted_while and not goes_on_without and not is_missed"
+
+# With which a run that was stopped goes on: its name is put behind.
+export CROWDGUARD_AGAIN := $(strip make run $(filter-out RESUME=%,$(MAKEOVERRIDES)) RESUME=)
 
 # Where Python must not write bytecode, each of a hundred processes would compile all that it imports, 8 seconds long.
 unexport PYTHONDONTWRITEBYTECODE
@@ -78,7 +81,8 @@ soak: .venv/ready
 	SOAK_ROUNDS=$(ROUNDS) SOAK_SEED=$(SEED) SOAK_RESULTS=$(RESULTS)/soak $(BIN)/pytest tests/live/test_soak.py
 
 .venv/ready: requirements.txt envoy/requirements.txt
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"$(PYTHON) is Python {v[0]}.{v[1]}: choose another one, as in make run PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
 	touch $@
 

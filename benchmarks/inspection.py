@@ -97,7 +97,7 @@ def published(experiment, origin, models, loader):
     for model in (origin, *models):
         model.predict_internal_states = lambda images, model=model: [
             output.view(len(images), *([-1] if output.dim() == 2 else []))
-            for output in experiment.hidden_outputs(model, images)
+            for output in experiment.recorded(model, images)[0]
         ]
     with contextlib.redirect_stdout(io.StringIO()), np.errstate(all="ignore"):
         module.CrowdGuardClientValidation.validate_models(origin, models, 0, loader, "cpu")

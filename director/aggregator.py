@@ -107,8 +107,9 @@ class Aggregator(aggregator.Aggregator):
             await self.run_steps()
         except (Exception, SystemExit) as failure:  # its code may call exit
             log.exception("the flow failed")
-            place = traceback.extract_tb(failure.__traceback__)[-1]
-            error = f"{type(failure).__name__}: {failure} ({place.name}, line {place.lineno})"
+            place = traceback.extract_tb(failure.__traceback__)[-1]  # which says more than our own words do
+            where = "" if place.filename == __file__ else f" ({place.name}, line {place.lineno})"
+            error = f"{type(failure).__name__}: {failure}{where}"
         finally:
             log.removeHandler(handler)
             self.open, self.time_to_quit = {}, True
@@ -225,7 +226,8 @@ class Aggregator(aggregator.Aggregator):
         if (left := len(everybody) - len(missing)) < least:
             names = ", ".join(f"{name} (no heartbeat for {self.silence(name):.0f} s)" for name in missing)
             raise ConnectionError(
-                f"{words}: {left} of {len(everybody)} participants are left, {least} must be; missing: {names}"
+                f"{words}: {left} of {len(everybody)} participants are left, {least} must be (min_participants); "
+                f"missing: {names or 'nobody'}"
             )
 
     def take(self, name: str, assignment: Assignment | None, report: bytes | str) -> bool:

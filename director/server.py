@@ -298,11 +298,12 @@ class Experiment(experiment.Experiment):
                 raise InterruptedError(self.stopped)
             await super().start(**certificates, install_requirements=False)  # nor are this machine's packages changed
         except (Exception, SystemExit) as error:  # its code may call exit
-            log.exception("%s could not be run", self.name)
             self.status = experiment.Status.FAILED
-            words = f"the director could not run the experiment: {type(error).__name__}: {error}"
-            self.failed = self.failed or State(error=words)
             self.archive_path.unlink(missing_ok=True)
+            if self.state is None:
+                log.exception("%s could not be run", self.name)
+                words = f"the director could not run the experiment: {type(error).__name__}: {error}"
+                self.failed = State(error=words)
 
     def plan(self) -> dict:
         with zipfile.ZipFile(self.archive_path) as archive:
@@ -318,6 +319,8 @@ class Experiment(experiment.Experiment):
             self.tell(f"{len(flow.history)} rounds of {wish['run']} are done")
             if new := sorted({*self.collaborators} - {*state["participants"]}):
                 self.tell(f"it goes on with {', '.join(new)}, who was not in it before")
+            if away := sorted({*state["participants"]} - {*self.collaborators}):
+                self.tell(f"it goes on without {', '.join(away)}, until they are there")
             # Who is not back yet comes later.
             self.collaborators = sorted({*self.collaborators, *state["participants"]})
         check_heartbeats(flow.config.participant_timeout, self.director.envoy_health_check_period)
@@ -338,11 +341,13 @@ class Experiment(experiment.Experiment):
         aggregator = server.aggregator
         await server.server.start()
         try:
-            await until(lambda: aggregator.time_to_quit)
+            await until(lambda: aggregator.state)
             if await until(lambda: all(self.knows(name) for name in self.collaborators), GOODBYE):
                 await asyncio.sleep(1)  # the last one is just being told
         finally:
             await server.server.stop(0)
+        if aggregator.state.error:
+            raise RuntimeError(aggregator.state.error)  # or OpenFL would log a success
 
     def knows(self, participant: str) -> bool:
         """Whether the participant has been told that it is over, or is not there."""

@@ -123,6 +123,7 @@ def plain_address(address: str) -> str:
     return f"[{plain}]:{port}" if brackets else f"{plain}:{port}"
 
 
+OTHER_HOST = (62, 64)  # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's order, which knows them in lower case alone
 
 
@@ -151,9 +152,10 @@ def handshake(address: str, identity: Identity) -> None:
             if not secure.recv(1):  # the verdict comes after the handshake, in TLS 1.3
                 raise ConnectionError(f"{address} hangs up: it knows another CA than the one of {identity.certificate}")
     except ssl.SSLCertVerificationError as error:
-        raise ConnectionError(
-            f"{address} has no certificate that {identity.ca} vouches for: {error.verify_message}"
-        ) from None
+        words = f"{address} has no certificate that {identity.ca} vouches for: {error.verify_message}"
+        if error.verify_code in OTHER_HOST:
+            words += f" The operator makes another: director/certificates.py --director {host.strip('[]')}"
+        raise ConnectionError(words) from None
     except ssl.SSLError as error:
         reason = (error.reason or str(error)).lower().replace("_", " ")
         raise ConnectionError(f"{address} does not accept {identity.certificate}, or speaks no TLS: {reason}") from None

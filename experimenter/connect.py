@@ -30,6 +30,11 @@ HOW = (
 )
 
 
+def goes_on(run: str) -> str:
+    """How a run goes on, in words; `make run` and experimenter/run.py know what they were called with."""
+    return f"{os.environ.get('CROWDGUARD_AGAIN', 'CROWDGUARD_RESUME=')}{run} goes on"
+
+
 def identity() -> Identity:
     """The experimenter's certificates.
 
@@ -172,7 +177,7 @@ class Federation(FederatedRuntime):
         self.keep(self.final_state)
         if error := self.final_state.error or everybody_failed(self.final_state.history):
             kept = len(self.final_state.history)
-            raise RuntimeError(f"{error}; {kept} rounds are kept, RESUME={self.run} goes on" if kept else error)
+            raise RuntimeError(f"{error}; {kept} rounds are kept: {goes_on(self.run)}" if kept else error)
         return True, self.final_state
 
     def follow(self) -> None:
@@ -205,7 +210,7 @@ class Federation(FederatedRuntime):
                 if since is None or time.monotonic() - called > CONNECTED:
                     since = time.monotonic()
                 if error.code() is grpc.StatusCode.NOT_FOUND:
-                    raise ConnectionError(f"{error.details()} RESUME={self.run} goes on") from None
+                    raise ConnectionError(f"{error.details()} {goes_on(self.run)}") from None
                 if time.monotonic() - since > LOST:
                     words = f"no answer from {DIRECTOR} for {LOST} s ({error.details()}){around(DIRECTOR)}"
                     raise ConnectionError(f"{words}: attach({self.name!r}) asks again") from None
@@ -219,18 +224,25 @@ class Federation(FederatedRuntime):
         return self.get_flow_state()[1]
 
     def keep(self, state: State) -> None:
+        """Keeps what is known so far; whatever cannot be written now may be later, so the run goes on."""
         if self.results and state.history:  # or what an earlier run has left would be lost for nothing
-            self.results.keep(state.global_model, run=self.run, federation=[*state.history], traffic=state.traffic)
+            try:
+                self.results.keep(state.global_model, run=self.run, federation=[*state.history], traffic=state.traffic)
+            except OSError as error:
+                log.warning("the results cannot be written: %s; the director keeps them: %s", error, goes_on(self.run))
 
 
-def connect(resume: str = "", results: Results | None = None) -> Federation:
+def connect(resume: str = "", results: Results | None = None, at_least: int | None = None) -> Federation:
     """The federation behind `CROWDGUARD_DIRECTOR`, with all participants that are online; arguments as `Federation`.
 
-    Raises: `ConnectionError` with one line if there is no director, or nobody is online.
+    Raises: `ConnectionError` with one line if there is no director, or fewer than `at_least` (or 1) are online.
     """
     logging.getLogger("openfl").setLevel(logging.WARNING)
     assert_director(resume)
     federation = Federation(resume, results)
     if not federation.collaborators:
         raise ConnectionError("no envoy is online: start envoy/start.py at the participants")
+    if (online := len(federation.collaborators)) < (at_least or 1):
+        names = ", ".join(federation.collaborators)
+        raise ConnectionError(f"min_participants is {at_least}, and {online} are online: {names}; lower it or wait")
     return federation

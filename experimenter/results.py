@@ -25,9 +25,15 @@ OURS = ("history.*", "global_model.safetensors", "FederatedCrowdGuard.*", "*.png
 def table(history: list[dict]) -> pd.DataFrame:
     """One line a round."""
     rows = pd.DataFrame(history).set_index("round")
-    rows["excluded"] = rows["excluded"].map(lambda names: ", ".join(names) or "–")
+    rows["excluded"] = [left_out(row) for row in history]
     columns = ["main_accuracy", "backdoor_accuracy", "excluded", "tpr", "tnr"]
     return rows[columns].astype(dict.fromkeys(MEASURES, float)).rename(columns=MEASURES)
+
+
+def left_out(row: dict) -> str:
+    """Whose models the average is without: excluded, or never there."""
+    missing = {*row["participants"]} - {*row["accepted"]} - {*row["excluded"]}
+    return ", ".join([*row["excluded"], *(f"{name} (missing)" for name in sorted(missing))]) or "–"
 
 
 def set_aside(results: Path, resume: str) -> None:
@@ -48,11 +54,23 @@ def set_aside(results: Path, resume: str) -> None:
     print(f"what {run} has left is in {aside}")
 
 
+def what_stays(results: Path, run: str) -> dict:
+    """What a run that goes on has left there that comes from this machine, and may not be reached again."""
+    try:
+        kept = json.loads((results / "history.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return {key: kept[key] for key in ("undefended", "envoys") if kept.get("run") == run and key in kept}
+
+
 def write(path: Path, content: bytes) -> None:
     """Writes a file whole, or not at all."""
     part = path.with_suffix(".part")
-    part.write_bytes(content)
-    part.replace(path)
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class Results:
@@ -70,11 +88,14 @@ class Results:
             "config": vars(config) if config else None,
             "versions": {"python": platform.python_version()} | versions,
         }
-        self.reached = {"format": 1, "run": "", **about, "federation": [], "traffic": [], "undefended": []}
+        self.reached = {"format": 1, "run": "", **about, "federation": [], "traffic": []}
+        self.reached |= {"undefended": [], "envoys": {}}
 
     def keep(self, model: bytes = b"", **reached) -> None:
         """Writes what there is; `reached` are keys of `history.json`."""
         grown = len(reached.get("federation", [])) > len(self.reached["federation"])
+        if (run := reached.get("run")) and not self.reached["run"]:
+            self.reached |= what_stays(self.folder, run)
         self.reached |= reached
         write(self.folder / "history.json", json.dumps(self.reached, indent=1).encode())
         histories = {"federation": self.reached["federation"], "plain FedAvg": self.reached["undefended"]}

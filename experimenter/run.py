@@ -3,13 +3,15 @@
     python experimenter/run.py --config published --set rounds=2
 
 `make run` calls this beside a local federation. With `--export` it only writes `generated_workspace/`, with `--check`
-it only says whether the settings are right.
+it only says whether the settings are right and the results can be written.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 import warnings
@@ -18,10 +20,12 @@ from pathlib import Path
 import nbformat
 import papermill
 from filelock import FileLock, Timeout
+from nbclient.exceptions import DeadKernelError
 
 NOTEBOOK = Path(__file__).parent.parent / "FederatedCrowdGuard.ipynb"
 sys.path.insert(0, str(NOTEBOOK.parent))  # for the package that this file is in
-NOISE = re.compile(r"\s*$|(Aggregator|Collaborator) step .* registered|.*\[IPKernelApp\] WARNING|.*: \S+ has trained, ")
+NOISE = re.compile(r"\s*$|(Aggregator|Collaborator) step .* registered|.*: \S+ has trained, ")
+OPENFL = re.compile(r"Exception: FederatedRuntime: Experiment \S+ failed to run due to error: ")  # before our words
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -54,8 +58,8 @@ def parse_change(text: str) -> str:
         return f"{key}={value!r}"
 
 
-def check(notebook) -> None:
-    """`SystemExit` with one line if the settings of the notebook are not right; runs their cells alone."""
+def check(notebook):
+    """The notebook's config; `SystemExit` with one line if it is not right. Runs the cells of the settings alone."""
     first, last = ([i for i, c in enumerate(notebook.cells) if tagged(c, tag)] for tag in ("imports", "settings"))
     chosen = last[0] + (2 if "dataclasses.replace(" in notebook.cells[last[0] + 1].source else 1)
     names = {"__name__": "settings"}
@@ -68,8 +72,10 @@ def check(notebook) -> None:
         if problem["type"] == "unexpected_keyword_argument":
             problem["msg"] = f"there is no such setting; there are {', '.join(names['Config'].__dataclass_fields__)}"
         where = ".".join(str(part) for part in problem["loc"])
+        where += f"={problem['input']}" if where and "input" in problem else ""
         reason = problem.get("ctx", {}).get("error", problem["msg"])  # ours without what pydantic says before it
         raise SystemExit(f"--set {where}: {reason}" if where else f"--set: {reason}") from None
+    return names["config"]
 
 
 class Console:
@@ -111,23 +117,42 @@ def execute(notebook, output: Path | None) -> None:
                 "stderr_file": Console(sys.stderr, shown=True),
                 "on_cell_start": console.begin,
             }
-            quiet = {"progress_bar": False, "extra_arguments": ["--log-level=ERROR"]}  # of the kernel
+            quiet = {"progress_bar": False, "extra_arguments": ["--log-level=CRITICAL"]}  # of the kernel
             papermill.execute_notebook(copy, running, cwd=NOTEBOOK.parent, **shown, **quiet)
         except papermill.PapermillExecutionError as error:
-            raise SystemExit(
-                f"cell {error.cell_index}: {error.ename}: {error.evalue}\nsee {running or NOTEBOOK}"
-            ) from None
+            words = OPENFL.sub("", f"{error.ename}: {error.evalue}")
+            raise SystemExit(f"{words}\nsee cell {error.cell_index} of {running or NOTEBOOK}") from None
+        except (KeyboardInterrupt, DeadKernelError):  # on Ctrl-C nbclient ends the kernel, which stops the run
+            raise SystemExit(how_it_goes_on(output.parent) if output else "stopped") from None
     if running:
         running.replace(output)
 
 
-def assert_director(resume: str) -> None:
-    from experimenter import connect
+def assert_federation(resume: str, config) -> None:
+    """`SystemExit` with one line if the run could not begin, which is told before the minute of explanations."""
+    from experimenter.connect import connect
 
     try:
-        connect.assert_director(resume)
+        connect(resume, at_least=config.min_participants)
     except ConnectionError as error:
         raise SystemExit(str(error)) from None
+
+
+def again(args) -> str:
+    """The command with which this run goes on, but for the run's name at its end."""
+    changes = itertools.chain.from_iterable(("--set", change) for change in args.set)
+    options = "--config", args.config, *changes, "--results", str(args.results), "--resume"
+    return shlex.join([sys.executable, sys.argv[0], *options]) + " "
+
+
+def how_it_goes_on(results: Path) -> str:
+    """What to say of a run that was stopped."""
+    from experimenter.connect import goes_on
+
+    history = results / "history.json"
+    reached = json.loads(history.read_text()) if history.exists() else {"federation": []}
+    rounds = len(reached["federation"])
+    return f"stopped after round {rounds}: {goes_on(reached['run'])}" if rounds else "stopped before the first round"
 
 
 def claim(results: Path) -> FileLock:
@@ -161,7 +186,7 @@ def main():
         "--resume", default=os.environ.get("CROWDGUARD_RESUME", ""), metavar="RUN", help="go on with it"
     )
     parser.add_argument("--export", action="store_true", help="only write generated_workspace/")
-    parser.add_argument("--check", action="store_true", help="only look whether the settings are right")
+    parser.add_argument("--check", action="store_true", help="only look whether a run could begin")
     args = parser.parse_args()
     os.environ["CROWDGUARD_RESUME"] = args.resume
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the cores from other processes
@@ -171,16 +196,17 @@ def main():
         if place in os.environ:  # the notebook runs in its own folder, not in the caller's
             os.environ[place] = str(Path(os.environ[place]).resolve())
     notebook = with_settings(nbformat.read(NOTEBOOK, as_version=4), args.config, [parse_change(t) for t in args.set])
-    check(notebook)
-    if args.check:
-        return
+    config = check(notebook)
     if args.export:
         notebook.cells = [cell for cell in notebook.cells if exported(cell) or tagged(cell, "workspace")]
         execute(notebook, None)
         return
-    assert_director(args.resume)
     args.results = args.results.resolve()
     lock = claim(args.results)  # noqa: F841 (as long as this process lives)
+    if args.check:
+        return
+    assert_federation(args.resume, config)
+    os.environ.setdefault("CROWDGUARD_AGAIN", again(args))
     from experimenter.results import set_aside  # late, as all that takes seconds: a wrong setting is told at once
 
     set_aside(args.results, args.resume)

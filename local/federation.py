@@ -159,7 +159,7 @@ class Federation:
         try:
             self.start()
         except BaseException:
-            self.stop()
+            self.__exit__(*sys.exc_info())
             raise
         return self
 
@@ -255,10 +255,11 @@ class Federation:
 
     def tell_what_is_kept(self, log: str) -> None:
         """Says how a run that was stopped goes on, if the director has kept a round of it."""
+        again = os.environ.get("CROWDGUARD_AGAIN", "CROWDGUARD_RESUME=")  # the Makefile says how it was called
         for run in sorted(set(re.findall(r"\b(run-[0-9a-f]{8})-[0-9a-f]{8}\b", log))):
             kept = runs_folder().glob(f"director/{run}/round-[0-9]*")
             if number := max((int(path.name.removeprefix("round-")) for path in kept), default=0):
-                print(f"stopped after round {number}: make run RESUME={run} goes on, with the same settings")
+                print(f"stopped after round {number}: {again}{run} goes on")
 
     def stop(self) -> None:
         """Has the guardian end everything, or does so itself if the guardian is gone."""

@@ -57,9 +57,9 @@ def test_export_writes_plan_code_and_requirements(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("rule=foo", "--set rule: Input should be 'crowd' or 'paper'"),
-        ("rounds=0", "--set rounds: "),
-        ("round=3", "--set round: there is no such setting; there are aggregation, rule, rounds, "),
+        ("rule=foo", "--set rule=foo: Input should be 'crowd' or 'paper'"),
+        ("rounds=0", "--set rounds=0: "),
+        ("round=3", "--set round=3: there is no such setting; there are aggregation, rule, rounds, "),
         ("patience=60", "--set: patience is participant_timeout now"),
         ("stamped_images=0", "--set: stamped_images is no setting any more"),
     ],

@@ -92,6 +92,31 @@ def test_nothing_is_left_running(launch, how):
     running.wait(timeout=10)
 
 
+def test_nothing_is_left_of_a_federation_that_was_stopped_while_it_started(launch):
+    there = {*(ROOT / ".federation").glob("run-*")}
+    running = launch("--participants", "1", "--malicious", "0", "--", "true")
+    while not (new := {*(ROOT / ".federation").glob("run-*")} - there):
+        assert running.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)  # it has begun to start what it needs
+    running.send_signal(signal.SIGINT)
+    assert running.wait(timeout=60) == 130 and not any(folder.exists() for folder in new)
+
+
+@pytest.mark.parametrize("python", ["python3.10", "python3.13"])
+def test_another_python_is_refused_before_anything_is_installed(tmp_path, python):
+    """As `make` finds it: a program that says it is another one."""
+    program, version = tmp_path / python, python.removeprefix("python3.")
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = (3, {version}); $2"\n')
+    program.chmod(0o755)
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    for file in ("requirements.txt", "envoy/requirements.txt"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    made = subprocess.run(["make", ".venv/ready", f"PYTHON={program}"], cwd=tmp_path, capture_output=True, text=True)
+    assert f"is Python 3.{version}: choose another one" in made.stderr and not (tmp_path / ".venv").exists()
+
+
 def test_an_envoy_that_cannot_start_ends_it_all_and_says_whose_log_to_read(launch):
     running = launch("--set", "attack.pdr=1.5", "--", sys.executable, "-c", "raise SystemExit('must not run')")
     descendants = []
@@ -277,6 +302,7 @@ def test_addresses_that_are_none_are_refused_in_one_line(address):
 
 def test_a_run_that_was_stopped_is_told_how_it_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CROWDGUARD_RUNS", str(tmp_path))
+    monkeypatch.setenv("CROWDGUARD_AGAIN", "make run SET=seed=3 RESUME=")
     stopped = federation.Federation.__new__(federation.Federation)
     log = "INFO experiment run-00000002-aaaaaaaa begins\nrun-00000003-bbbbbbbb waits"
     stopped.tell_what_is_kept(log)
@@ -285,7 +311,10 @@ def test_a_run_that_was_stopped_is_told_how_it_goes_on(tmp_path, monkeypatch, ca
         (tmp_path / "director" / name).mkdir(parents=True)
     stopped.tell_what_is_kept(log)
     told = capsys.readouterr().out
-    assert told.startswith("stopped after round 4: make run RESUME=run-00000002 goes on") and told.count("\n") == 1
+    assert (
+        told.startswith("stopped after round 4: make run SET=seed=3 RESUME=run-00000002 goes on")
+        and told.count("\n") == 1
+    )
 
 
 def test_logs_of_what_went_wrong_are_removed_after_a_week(tmp_path, monkeypatch):

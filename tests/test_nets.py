@@ -112,14 +112,14 @@ def test_it_makes_no_difference_whether_a_net_works_in_place(experiment, name):
 )
 def test_an_activation_that_could_work_in_place_belongs_to_its_layer(experiment, activation, belongs):
     layer, images = nn.Linear(3, 5), torch.randn(50, 3)
-    output, _ = experiment.hidden_outputs(nn.Sequential(layer, activation, nn.Linear(5, 2)), images)
+    output, _ = experiment.recorded(nn.Sequential(layer, activation, nn.Linear(5, 2)), images)[0]
     assert torch.equal(output, activation(layer(images)) if belongs else layer(images))
 
 
 def test_dropout_between_a_layer_and_its_activation_does_nothing(experiment):
     layer, images = nn.Linear(3, 5), torch.randn(50, 3)
     net = nn.Sequential(layer, nn.Dropout(), nn.ReLU(inplace=True), nn.Linear(5, 2)).eval()
-    output, _ = experiment.hidden_outputs(net, images)
+    output, _ = experiment.recorded(net, images)[0]
     assert torch.equal(output, layer(images).relu())
 
 
@@ -185,7 +185,7 @@ def test_windows_as_rows_are_images_as_long_as_those_of_one_image_follow_each_ot
     windows = lambda net, x: net.out(net.layer(x.reshape(-1, 4)).reshape(len(x), -1))  # noqa: E731
     net = Odd(windows, layer=nn.Linear(4, 6), out=nn.Linear(18, 10))
     assert experiment.dry_pass(net, batch(""), 10) == ["layer", "out"]
-    assert experiment.hidden_outputs(net, batch("", 20))[0].shape == (20, 18)
+    assert experiment.recorded(net, batch("", 20))[0][0].shape == (20, 18)
 
 
 @pytest.mark.parametrize("net", ["residual", "attention", "shared"])
@@ -347,6 +347,6 @@ def test_tensors_that_share_memory_travel(experiment):
 
 
 def test_as_many_outputs_are_compared_as_by_the_published_implementation(experiment):
-    outputs = experiment.hidden_outputs(experiment.Net(), torch.zeros(1, 3, 32, 32))
+    outputs = experiment.recorded(experiment.Net(), torch.zeros(1, 3, 32, 32))[0]
     assert [len(output) for output in outputs] == [1] * 8
     assert sum(output.shape[1] for output in outputs) == 51_210

@@ -1,15 +1,19 @@
 """What a run leaves: files, and what the documentation says of them."""
 
+import errno
 import io
 import json
 import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
 import pytest
 from conftest import ROOT
 
-from experimenter import run
+from experimenter import connect, run
 from experimenter.connect import Federation, State, everybody_failed
 from experimenter.report import arrange, write_report
 from experimenter.results import Results, set_aside, table
@@ -128,8 +132,70 @@ def test_event_files_hold_each_round_once(results, tmp_path):
     assert [path.read_bytes().count(b"main_accuracy") for path in files] == [1, 1]
 
 
+def test_a_disk_that_is_full_costs_neither_the_run_nor_what_was_there(results, tmp_path, monkeypatch, caplog):
+    federation = Federation.__new__(Federation)
+    federation.run, federation.results = "run-1", results
+    federation.keep(State(history=[ROW]))
+    before = (tmp_path / "history.json").read_bytes()
+
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as change:
+        change.setattr(Path, "write_bytes", full)
+        federation.keep(State(history=[ROW] * 2))
+    assert "No space left" in caplog.text and "CROWDGUARD_RESUME=run-1 goes on" in caplog.text
+    assert (tmp_path / "history.json").read_bytes() == before and not [*tmp_path.glob("*.part")]
+    federation.keep(State(history=[ROW] * 2))
+    assert len(json.loads((tmp_path / "history.json").read_text())["federation"]) == 2
+
+
+def test_a_run_that_goes_on_keeps_the_curve_of_before(results, tmp_path, experiment):
+    results.keep(run="run-1", federation=[ROW])
+    results.keep(undefended=[ROW], envoys={"A": {}})
+    for name, kept in (("run-1", 1), ("run-2", 0)):
+        Results(tmp_path, experiment.demo).keep(run=name, federation=[ROW] * 2)
+        reached = json.loads((tmp_path / "history.json").read_text())
+        assert len(reached["undefended"]) == len(reached["envoys"]) == kept
+
+
+def test_who_was_not_there_is_not_excluded():
+    row = ROW | {"participants": ["A", "B", "C"], "failed": {"C": "no heartbeat for 60 s"}}
+    assert table([row, row | {"accepted": ["A", "B", "C"], "excluded": []}])["excluded"].tolist() == [
+        "B, C (missing)", "–",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("online", "at_least", "words"),
+    [([], None, "no envoy is online"), (["A", "B"], 3, "min_participants is 3, and 2 are online: A, B")],
+)
+def test_too_few_to_begin_with_are_told_at_once(monkeypatch, online, at_least, words):
+    monkeypatch.setattr(connect, "assert_director", lambda resume: None)
+    monkeypatch.setattr(connect, "Federation", lambda resume, results: SimpleNamespace(collaborators=online))
+    with pytest.raises(ConnectionError, match=words):
+        connect.connect(at_least=at_least)
+    with pytest.raises(SystemExit, match=words):
+        run.assert_federation("", SimpleNamespace(min_participants=at_least))
+    online += ["C", "D"]
+    assert connect.connect(at_least=at_least).collaborators == online
+
+
+def test_a_run_that_is_stopped_is_told_how_it_goes_on(results, tmp_path, monkeypatch):
+    assert run.how_it_goes_on(tmp_path) == "stopped before the first round"
+    results.keep(run="run-1", federation=[ROW])
+    monkeypatch.setattr(run.sys, "argv", ["experimenter/run.py"])
+    args = SimpleNamespace(config="demo", set=["rounds=3"], results=tmp_path)
+    monkeypatch.setenv("CROWDGUARD_AGAIN", run.again(args))
+    options = f"--config demo --set rounds=3 --results {tmp_path} --resume run-1"
+    assert (
+        run.how_it_goes_on(tmp_path) == f"stopped after round 1: {sys.executable} experimenter/run.py {options} goes on"
+    )
+
+
 def test_the_table_has_a_line_for_each_round():
-    shown = table([ROW, ROW | {"round": 2, "excluded": []}])
+    shown = table([ROW, ROW | {"round": 2, "accepted": ["A", "B"], "excluded": []}])
     assert shown["excluded"].tolist() == ["B", "–"] and shown.index.tolist() == [1, 2]
 
 

@@ -50,7 +50,7 @@ def published_suspects(experiment, published, origin, models, own, loader):
     def predict(model):
         return lambda images: [
             output.view(len(images), *([-1] if output.dim() == 2 else []))
-            for output in experiment.hidden_outputs(model, images)
+            for output in experiment.recorded(model, images)[0]
         ]
 
     for model in (origin, *models):
@@ -146,11 +146,11 @@ class TestDegenerate:
 
 def test_equal_scores_are_not_cut(experiment):
     """Two of five lie level above the rest: both or none, whatever their order."""
-    matrix = np.zeros((5, 4))
-    matrix[[1, 3]] = 4
-    assert experiment.suspects(matrix, own=0) == {1, 3}
-    matrix[4] = 4  # three of five: more than the bound, and no cut goes through equals
-    assert experiment.suspects(matrix, own=0) == set()
+    values = np.zeros(5)
+    values[[1, 3]] = 1
+    assert experiment.outliers(values, 0, experiment.LEAST_EFFECT) == {1, 3}
+    values[4] = 1  # three of five: more than the bound, and no cut goes through equals
+    assert experiment.outliers(values, 0, experiment.LEAST_EFFECT) == set()
 
 
 @pytest.mark.parametrize("factor", [1.5, 1.8])
@@ -168,9 +168,7 @@ def test_in_a_crowd_that_is_scattered_itself_a_small_effect_says_nothing(experim
     Student's t at 99 % with two degrees of freedom is 6.965, times s, times the root of 4/3, is 8.042 s."""
     bound = experiment.prediction_bound(np.array([-scatter, 0, scatter]), experiment.LEAST_EFFECT)
     assert bound == pytest.approx(max(0.5, 8.042 * scatter), abs=1e-3)
-    factors = np.exp([-scatter, 0, scatter, 0.6])
-    matrix = (np.sign(factors - 1) * (factors - 1) ** 2)[:, None]
-    assert experiment.suspects(matrix, own=1) == found
+    assert experiment.outliers(np.array([-scatter, 0, scatter, 0.6]), 1, experiment.LEAST_EFFECT) == found
 
 
 def test_several_kinds_of_attackers_are_cut_off_one_after_the_other(experiment):

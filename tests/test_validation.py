@@ -80,7 +80,7 @@ def test_all_models_see_the_same_images_though_the_loader_shuffles(experiment, s
 
 
 def test_recorded_outputs_have_been_through_an_in_place_activation(experiment, small_models):
-    first, *_ = experiment.hidden_outputs(small_models[0], torch.randn(8, 3, 32, 32))
+    first, *_ = experiment.recorded(small_models[0], torch.randn(8, 3, 32, 32))[0]
     assert first.shape == (8, 4 * 8 * 8)
     assert (first >= 0).all()
 
@@ -97,9 +97,9 @@ def test_memory_that_runs_out_is_nobodys_fault(experiment, small_models, loader,
 
 def test_recording_leaves_no_hooks(experiment, small_models):
     origin, _ = small_models
-    experiment.hidden_outputs(origin, torch.randn(1, 3, 32, 32))
+    experiment.recorded(origin, torch.randn(1, 3, 32, 32))
     with pytest.raises(RuntimeError):
-        experiment.hidden_outputs(origin, torch.randn(1, 5, 32, 32))
+        experiment.recorded(origin, torch.randn(1, 5, 32, 32))
     assert not any(module._forward_hooks for module in origin.modules())
 
 
@@ -163,7 +163,7 @@ def test_suspects_equal_the_published_ones(experiment, published):
         outliers = rng.random(models) < rng.choice([0.0, 0.2, 0.4])
         matrix = rng.normal(size=(models, 24)) + outliers[:, None] * rng.uniform(1, 8) * rng.normal(1, 0.3, 24)
         expected = published_suspects(published, matrix, own)
-        assert experiment.suspects(matrix, own, "paper") == expected, seed
+        assert experiment.paper_rule(matrix, own) == expected, seed
         found += bool(expected)
     assert 40 < found < 195, "the matrices must exercise both answers"
 
@@ -174,7 +174,7 @@ def test_votes_equal_the_published_ones_on_a_net(experiment, published, small_mo
 
     def predict(model):
         return lambda images: [
-            o.view(len(images), *([-1] if o.dim() == 2 else [])) for o in experiment.hidden_outputs(model, images)
+            o.view(len(images), *([-1] if o.dim() == 2 else [])) for o in experiment.recorded(model, images)[0]
         ]
 
     for model in (origin, *models):
@@ -247,7 +247,7 @@ def test_no_more_than_one_layer_of_one_model_is_kept_beside_the_reference(experi
     """Counted where the layers compute: how many outputs are still alive whenever one is compared."""
     origin, [model, *_] = small_models
     images, computed, alive = torch.randn(8, 3, 32, 32), [], []
-    reference = experiment.hidden_outputs(origin, images)
+    reference = experiment.recorded(origin, images)[0]
     for layer in experiment.inspected_layers(model):
         layer.register_forward_hook(lambda layer, inputs, output: computed.append(weakref.ref(output)))
 

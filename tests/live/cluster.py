@@ -164,7 +164,9 @@ class Notebook:
 
     def ended(self, seconds: float = 150) -> str:
         """Its log, when it has ended."""
-        self.process.wait(timeout=seconds)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=seconds)
+        assert self.process.poll() is not None, f"not over after {seconds} s: {self.log.read_text()[-3000:]}"
         return self.log.read_text()
 
     def interrupted(self) -> str:

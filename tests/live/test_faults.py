@@ -130,8 +130,9 @@ def test_with_too_few_participants_the_run_ends_names_them_and_can_go_on(cluster
     log = running.ended()
     waited = time.monotonic() - started
     assert running.process.returncode == 1
-    assert "2 of 4 participants are left, 3 must be; missing: Amsterdam (no heartbeat for" in log
+    assert "2 of 4 participants are left, 3 must be (min_participants); missing: Amsterdam (no heartbeat for" in log
     assert f"RESUME={run} goes on" in log and len(running.rows()) >= 2
+    assert "was finished successfully" not in cluster.log("director").read_text()
     cluster.back("Amsterdam", "Bangalore")
     cluster.notebook(["rounds=5"], "resume", run).well(5)
     note("two of four envoys killed", log.strip().splitlines()[-1][:200], waited)
@@ -303,7 +304,10 @@ def test_make_run_is_interrupted_by_ctrl_c_and_goes_on_with_resume(tmp_path):
     assert interrupted.wait(timeout=60) != 0
     waited, before = time.monotonic() - started, reached()
     assert psutil.wait_procs(descendants, timeout=10)[1] == [], "nothing is left running"
-    assert f"make run RESUME={before['run']} goes on" in (tmp_path / "log").read_text()
+    told = (tmp_path / "log").read_text().splitlines()
+    assert any(
+        line.partition(": ")[2].startswith("make run ") and f" RESUME={before['run']} goes on" in line for line in told
+    )
     assert make(f"RESUME={before['run']}").wait(timeout=500) == 0, (tmp_path / "log").read_text()[-3000:]
     rows = reached()["federation"]
     assert [row["round"] for row in rows] == [1, 2, 3, 4, 5] and rows[:2] == before["federation"][:2]
