@@ -37,7 +37,7 @@ def test_a_net_that_is_changed_in_between_is_trained_at_every_envoy(execute, unc
 def test_errors_reach_the_notebook_and_the_next_experiment_runs(execute):
     """In the flow, in a module that the director lacks, and at every participant."""
     with pytest.raises(papermill.PapermillExecutionError, match="ZeroDivisionError"):
-        execute(old='"""One line on a row of history."""', new="1 / 0")
+        execute(old='"""One line on the last row of a history."""', new="1 / 0")
     only_there = "import sys\n\nif 'start.py' in sys.argv[0]:\n    import a_package_that_nobody_has\n"
     with pytest.raises(papermill.PapermillExecutionError, match="the director could not run.*a_package_that_nobody"):
         execute(old="import copy\n", new="import copy\n" + only_there)
