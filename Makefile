@@ -26,14 +26,15 @@ PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=15
 SHORT := -k "not same_model and not many_points and not hangs and not make_run and not other_settings \
          and not restarted_while and not goes_on_without and not is_missed"
 
-# With which a run that was stopped goes on: its name is put behind.
-export CROWDGUARD_AGAIN := $(strip make run $(filter-out RESUME=%,$(MAKEOVERRIDES)) RESUME=)
-
 # Where Python must not write bytecode, each of a hundred processes would compile all that it imports, 8 seconds long.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run notebook export test test-alone test-federation check faults-short faults soak lint clean
 
+# With which a run that was stopped goes on, its name is put behind: all that was chosen, here or in the environment.
+CHOICES := PARTICIPANTS MALICIOUS CONFIG SET ENVOY RESULTS
+chosen   = $(if $(filter-out file,$(origin $1)),$1='$($1)')
+run: export CROWDGUARD_AGAIN := $(strip make run $(foreach name,$(CHOICES),$(call chosen,$(name))) RESUME=)
 run: .venv/ready
 	$(NOTEBOOK) --check
 	$(FEDERATION) -- $(NOTEBOOK)
@@ -82,7 +83,7 @@ soak: .venv/ready
 
 .venv/ready: requirements.txt envoy/requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"$(PYTHON) is Python {v[0]}.{v[1]}: choose another one, as in make run PYTHON=python3.12")'
-	$(PYTHON) -m venv --clear .venv
+	$(PYTHON) -m venv $(if $(wildcard .venv/ready),,--clear) .venv
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
 	touch $@
 

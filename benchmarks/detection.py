@@ -282,7 +282,8 @@ def picture(path: Path, target: Path) -> None:
         axis.grid(axis="y", alpha=0.3)
     axes[0][0].set_yticks(range(len(kinds)), kinds)
     axes[0][0].invert_yaxis()
-    axes[0][0].legend(frameon=False)
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(target, dpi=110)
 
 

@@ -29,7 +29,7 @@ IMAGES = 500  # a participant's
 INSPECTED = 128  # images on which a participant inspects the models
 TEST_IMAGES = 2_000
 TARGET = 2
-TUNING, JUDGING = range(100, 105), range(37, 42)
+TUNING, JUDGING = range(100, 105), range(50, 55)
 CACHE = ROOT / "benchmarks" / "cache"
 
 

@@ -154,7 +154,9 @@ def handshake(address: str, identity: Identity) -> None:
     except ssl.SSLCertVerificationError as error:
         words = f"{address} has no certificate that {identity.ca} vouches for: {error.verify_message}"
         if error.verify_code in OTHER_HOST:
-            words += f" The operator makes another: director/certificates.py --director {host.strip('[]')}"
+            words += (
+                f" The operator makes another: director/certificates.py --renew director --director {host.strip('[]')}"
+            )
         raise ConnectionError(words) from None
     except ssl.SSLError as error:
         reason = (error.reason or str(error)).lower().replace("_", " ")

@@ -32,7 +32,7 @@ HOW = (
 
 def goes_on(run: str) -> str:
     """How a run goes on, in words; `make run` and experimenter/run.py know what they were called with."""
-    return f"{os.environ.get('CROWDGUARD_AGAIN', 'CROWDGUARD_RESUME=')}{run} goes on"
+    return f"go on with: {os.environ.get('CROWDGUARD_AGAIN', 'CROWDGUARD_RESUME=')}{run}"
 
 
 def identity() -> Identity:
@@ -177,7 +177,7 @@ class Federation(FederatedRuntime):
         self.keep(self.final_state)
         if error := self.final_state.error or everybody_failed(self.final_state.history):
             kept = len(self.final_state.history)
-            raise RuntimeError(f"{error}; {kept} rounds are kept: {goes_on(self.run)}" if kept else error)
+            raise RuntimeError(f"{error}; {kept} rounds are kept, {goes_on(self.run)}" if kept else error)
         return True, self.final_state
 
     def follow(self) -> None:
@@ -229,7 +229,7 @@ class Federation(FederatedRuntime):
             try:
                 self.results.keep(state.global_model, run=self.run, federation=[*state.history], traffic=state.traffic)
             except OSError as error:
-                log.warning("the results cannot be written: %s; the director keeps them: %s", error, goes_on(self.run))
+                log.warning("the results cannot be written: %s; the director keeps them, %s", error, goes_on(self.run))
 
 
 def connect(resume: str = "", results: Results | None = None, at_least: int | None = None) -> Federation:

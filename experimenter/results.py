@@ -1,15 +1,19 @@
 """What is kept of a run: its history as JSON, CSV and TensorBoard's event files, and the model (docs/history.md)."""
 
+import contextlib
 import importlib.metadata
 import itertools
 import json
 import platform
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
 
 PACKAGES = ("openfl", "torch", "torchvision", "numpy", "scipy", "scikit-learn")
 MEASURES = {
@@ -33,7 +37,7 @@ def table(history: list[dict]) -> pd.DataFrame:
 def left_out(row: dict) -> str:
     """Whose models the average is without: excluded, or never there."""
     missing = {*row["participants"]} - {*row["accepted"]} - {*row["excluded"]}
-    return ", ".join([*row["excluded"], *(f"{name} (missing)" for name in sorted(missing))]) or "–"
+    return ", ".join([*row["excluded"], *(f"{name} (no model)" for name in sorted(missing))]) or "–"
 
 
 def set_aside(results: Path, resume: str) -> None:
@@ -55,12 +59,12 @@ def set_aside(results: Path, resume: str) -> None:
 
 
 def what_stays(results: Path, run: str) -> dict:
-    """What a run that goes on has left there that comes from this machine, and may not be reached again."""
+    """The curve of plain FedAvg that a run which goes on has left there: it may not be run again."""
     try:
         kept = json.loads((results / "history.json").read_text())
     except (OSError, ValueError):
         return {}
-    return {key: kept[key] for key in ("undefended", "envoys") if kept.get("run") == run and key in kept}
+    return {"undefended": kept.get("undefended", [])} if kept.get("run") == run else {}
 
 
 def write(path: Path, content: bytes) -> None:
@@ -100,23 +104,29 @@ class Results:
         write(self.folder / "history.json", json.dumps(self.reached, indent=1).encode())
         histories = {"federation": self.reached["federation"], "plain FedAvg": self.reached["undefended"]}
         write(self.folder / "history.csv", as_csv(histories).encode())
-        for name, history in histories.items():
-            self.log(name, history)
+        for name, key in (("federation", "federation"), ("plain FedAvg", "undefended")):
+            if key in reached:  # not what was reached before this run went on
+                self.log(name, reached[key])
         if model:
             write(self.folder / "global_model.safetensors", model)
         if grown and self.show:
             self.show(self.reached["federation"])
 
     def log(self, name: str, history: list[dict]) -> None:
-        """Writes an event file for TensorBoard with the rounds that are new."""
-        known, self.logged[name] = self.logged.get(name, 0), len(history)
+        """Writes an event file for TensorBoard with the rounds that are new.
+
+        Not by a `SummaryWriter`: it has a thread and a queue, whose lock Ctrl-C can leave taken for ever.
+        """
+        known = self.logged.get(name, 0)
         if len(history) > known:
             folder = self.folder / "tensorboard" / f"{self.reached['run']} {name}"
-            with SummaryWriter(str(folder), filename_suffix=f".round-{history[known]['round']:04}") as events:
-                for row in history[known:]:
-                    for measure in MEASURES:
-                        if row[measure] is not None:
-                            events.add_scalar(measure, row[measure], row["round"])
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.closing(EventsWriter(str(folder / "events"), f".round-{known + 1:04}")) as events:
+                for row, measure in itertools.product(history[known:], MEASURES):
+                    if row[measure] is not None:
+                        value = scalar(measure, row[measure])
+                        events.write_event(Event(wall_time=time.time(), step=row["round"], summary=value))
+        self.logged[name] = len(history)
 
 
 def as_csv(histories: dict[str, list[dict]]) -> str:

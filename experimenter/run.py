@@ -9,12 +9,14 @@ it only says whether the settings are right and the results can be written.
 import argparse
 import itertools
 import json
+import keyword
 import os
 import re
 import shlex
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import nbformat
@@ -50,11 +52,11 @@ def with_settings(notebook, name: str, changes: list[str]):
 def parse_change(text: str) -> str:
     """`rounds=2` as it is, `rule=paper` as `rule='paper'`."""
     key, equals, value = text.partition("=")
-    if not (equals and key.isidentifier()):
+    if not (equals and key.isidentifier()) or keyword.iskeyword(key):
         raise SystemExit(f"--set {text}: must be name=value, as in rounds=2")
     try:
-        return f"{key}={json.loads(value)!r}"
-    except json.JSONDecodeError:
+        return f"{key}={json.loads(value, parse_constant=int)!r}"  # NaN is a text, which no setting is
+    except ValueError:
         return f"{key}={value!r}"
 
 
@@ -121,9 +123,12 @@ def execute(notebook, output: Path | None) -> None:
             papermill.execute_notebook(copy, running, cwd=NOTEBOOK.parent, **shown, **quiet)
         except papermill.PapermillExecutionError as error:
             words = OPENFL.sub("", f"{error.ename}: {error.evalue}")
-            raise SystemExit(f"{words}\nsee cell {error.cell_index} of {running or NOTEBOOK}") from None
+            raise SystemExit(f"{words}\nsee In [{error.exec_count}] of {running or NOTEBOOK}") from None
         except (KeyboardInterrupt, DeadKernelError):  # on Ctrl-C nbclient ends the kernel, which stops the run
-            raise SystemExit(how_it_goes_on(output.parent) if output else "stopped") from None
+            words = "the notebook's kernel has ended, by Ctrl-C or for want of memory"
+            raise SystemExit(f"{words}: {how_it_goes_on(output.parent)}" if output else words) from None
+        except OSError as error:  # of papermill, which saves after every cell
+            raise SystemExit(f"{error}: {how_it_goes_on(output.parent)}" if output else str(error)) from None
     if running:
         running.replace(output)
 
@@ -152,7 +157,7 @@ def how_it_goes_on(results: Path) -> str:
     history = results / "history.json"
     reached = json.loads(history.read_text()) if history.exists() else {"federation": []}
     rounds = len(reached["federation"])
-    return f"stopped after round {rounds}: {goes_on(reached['run'])}" if rounds else "stopped before the first round"
+    return f"stopped after round {rounds}, {goes_on(reached['run'])}" if rounds else "stopped before the first round"
 
 
 def claim(results: Path) -> FileLock:
@@ -195,6 +200,8 @@ def main():
     for place in ("CROWDGUARD_CERTIFICATES", "CROWDGUARD_ENVOYS", "CROWDGUARD_WORKSPACE"):
         if place in os.environ:  # the notebook runs in its own folder, not in the caller's
             os.environ[place] = str(Path(os.environ[place]).resolve())
+    if twice := [name for name, count in Counter(text.partition("=")[0] for text in args.set).items() if count > 1]:
+        raise SystemExit(f"--set {twice[0]}: is given twice")
     notebook = with_settings(nbformat.read(NOTEBOOK, as_version=4), args.config, [parse_change(t) for t in args.set])
     config = check(notebook)
     if args.export:
@@ -216,10 +223,16 @@ def main():
     execute(notebook, output)
     from experimenter.report import write_report
 
-    report = write_report(output)
     show(args.results / "history.json")
+    try:
+        report = write_report(output)
+    except OSError as error:
+        raise SystemExit(f"there is no report: {error}") from None
     print(f"Report: {report}; model, history and figures are beside it")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None

@@ -248,7 +248,7 @@ class Federation:
             while self.command.poll() is None:
                 self.check()
                 time.sleep(0.5)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             self.tell_what_is_kept(self.log("director").read_text())
             raise
         return self.command.returncode
@@ -259,7 +259,7 @@ class Federation:
         for run in sorted(set(re.findall(r"\b(run-[0-9a-f]{8})-[0-9a-f]{8}\b", log))):
             kept = runs_folder().glob(f"director/{run}/round-[0-9]*")
             if number := max((int(path.name.removeprefix("round-")) for path in kept), default=0):
-                print(f"stopped after round {number}: {again}{run} goes on")
+                print(f"stopped after round {number}, go on with: {again}{run}")
 
     def stop(self) -> None:
         """Has the guardian end everything, or does so itself if the guardian is gone."""
@@ -274,12 +274,17 @@ class Federation:
             self.guardian = None
 
 
+STOPPED_BY = (signal.SIGINT, signal.SIGTERM)  # SIGINT too: a shell starts background jobs with it ignored
+
+
 def interrupt(number, frame):
+    for other in STOPPED_BY:  # once is enough, and what is taken down then must not be left half done
+        signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main():
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
+    for number in STOPPED_BY:
         signal.signal(number, interrupt)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--participants", type=int, default=4)

@@ -103,10 +103,13 @@ def test_a_notebook_of_another_protocol_is_refused_in_one_line(server, tmp_path,
 @pytest.mark.parametrize(
     ("hidden", "told", "words"),
     [
-        (512, ["1 rounds of only are done", "it goes on with Amsterdam, who was not in it before"], ""),
+        (512, [
+            "1 rounds of only are done", "it goes on with Amsterdam, who was not in it before",
+            "it goes on without Bangalore, until they are there",
+        ], ""),
         (256, [], "has hidden 512, not 256: choose the same settings"),
     ],
-)
+)  # fmt: skip
 def test_a_run_goes_on_with_the_same_settings_and_says_who_is_new(
     server, tmp_path, monkeypatch, port, hidden, told, words
 ):
@@ -115,7 +118,7 @@ def test_a_run_goes_on_with_the_same_settings_and_says_who_is_new(
     server.checkpoints.save(tmp_path / "runs" / "only", 1, state, b"model")
     code = f"class Flow:\n    def settings(self):\n        return {{'hidden': {hidden}}}\n"
     [(state, said)] = states_of(server, [archive(tmp_path, "only", code, port, resume=True)], tmp_path / "runs")
-    assert said[:2] == told and words in state.error
+    assert said[:3] == told and words in state.error
 
 
 def test_a_run_of_many_rounds_goes_on_from_its_last(server, tmp_path):

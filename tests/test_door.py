@@ -158,7 +158,9 @@ def test_another_ca_is_refused_in_one_line_on_both_sides(place, director):
         channel.handshake(director.address, foreign)
     assert len(str(said.value).splitlines()) == 1
     port = director.address.rpartition(":")[2]
-    with pytest.raises(ConnectionError, match="certificates.py --director 127.0.0.2"):  # where it listens as well
+    with pytest.raises(
+        ConnectionError, match="certificates.py --renew director --director 127.0.0.2"
+    ):  # where it listens as well
         channel.handshake(f"127.0.0.2:{port}", ours(place))
     mixed = replace(foreign, ca=ours(place).ca)
     with pytest.raises(ConnectionError, match="hangs up: it knows another CA"):

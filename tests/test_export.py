@@ -1,5 +1,6 @@
 """What director and envoys receive."""
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -60,6 +61,7 @@ def test_export_writes_plan_code_and_requirements(tmp_path, monkeypatch):
         ("rule=foo", "--set rule=foo: Input should be 'crowd' or 'paper'"),
         ("rounds=0", "--set rounds=0: "),
         ("round=3", "--set round=3: there is no such setting; there are aggregation, rule, rounds, "),
+        ("learning_rate=NaN", "--set learning_rate=NaN: "),
         ("patience=60", "--set: patience is participant_timeout now"),
         ("stamped_images=0", "--set: stamped_images is no setting any more"),
     ],
@@ -69,3 +71,16 @@ def test_a_wrong_setting_is_told_before_anything_is_started(change, told):
     notebook = run.with_settings(nbformat.read(run.NOTEBOOK, as_version=4), "demo", [run.parse_change(change)])
     with pytest.raises(SystemExit, match=re.escape(told)):
         run.check(notebook)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["rounds=3", "rounds=4"], "--set rounds: is given twice"),
+        (["class=2"], "--set class=2: must be name=value"),
+    ],
+)
+def test_what_is_no_setting_is_told_in_one_line(tmp_path, changes, told):
+    options = itertools.chain.from_iterable(("--set", change) for change in changes)
+    command = [sys.executable, ROOT / "experimenter" / "run.py", "--check", "--results", tmp_path, *options]
+    assert subprocess.run(command, capture_output=True, text=True).stderr.startswith(told)

@@ -93,14 +93,18 @@ def test_nothing_is_left_running(launch, how):
 
 
 def test_nothing_is_left_of_a_federation_that_was_stopped_while_it_started(launch):
-    there = {*(ROOT / ".federation").glob("run-*")}
     running = launch("--participants", "1", "--malicious", "0", "--", "true")
-    while not (new := {*(ROOT / ".federation").glob("run-*")} - there):
+    while not (begun := psutil.Process(running.pid).children()):
         assert running.poll() is None
         time.sleep(0.05)
-    time.sleep(1)  # it has begun to start what it needs
-    running.send_signal(signal.SIGINT)
-    assert running.wait(timeout=60) == 130 and not any(folder.exists() for folder in new)
+    while "guardian.py" not in " ".join(begun[0].cmdline()):  # before that it is still the launcher's own
+        time.sleep(0.05)
+    folder = Path(begun[0].cmdline()[-1]).parent
+    assert folder.exists()
+    for _ in range(2):  # who is impatient presses it again
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    assert running.wait(timeout=60) == 130 and not folder.exists()
 
 
 @pytest.mark.parametrize("python", ["python3.10", "python3.13"])
@@ -312,7 +316,7 @@ def test_a_run_that_was_stopped_is_told_how_it_goes_on(tmp_path, monkeypatch, ca
     stopped.tell_what_is_kept(log)
     told = capsys.readouterr().out
     assert (
-        told.startswith("stopped after round 4: make run SET=seed=3 RESUME=run-00000002 goes on")
+        told.startswith("stopped after round 4, go on with: make run SET=seed=3 RESUME=run-00000002")
         and told.count("\n") == 1
     )
 

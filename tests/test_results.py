@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,7 +133,14 @@ def test_event_files_hold_each_round_once(results, tmp_path):
     assert [path.read_bytes().count(b"main_accuracy") for path in files] == [1, 1]
 
 
+def test_results_are_written_without_a_thread(results, monkeypatch):
+    """Whose queue's lock Ctrl-C could leave taken, so that the run would hang instead of being stopped."""
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail(f"{thread} was started"))
+    results.keep(b"model", run="run-1", federation=[ROW])
+
+
 def test_a_disk_that_is_full_costs_neither_the_run_nor_what_was_there(results, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("CROWDGUARD_AGAIN", "make run RESUME=")
     federation = Federation.__new__(Federation)
     federation.run, federation.results = "run-1", results
     federation.keep(State(history=[ROW]))
@@ -145,7 +153,7 @@ def test_a_disk_that_is_full_costs_neither_the_run_nor_what_was_there(results, t
     with monkeypatch.context() as change:
         change.setattr(Path, "write_bytes", full)
         federation.keep(State(history=[ROW] * 2))
-    assert "No space left" in caplog.text and "CROWDGUARD_RESUME=run-1 goes on" in caplog.text
+    assert "No space left" in caplog.text and "go on with: make run RESUME=run-1" in caplog.text
     assert (tmp_path / "history.json").read_bytes() == before and not [*tmp_path.glob("*.part")]
     federation.keep(State(history=[ROW] * 2))
     assert len(json.loads((tmp_path / "history.json").read_text())["federation"]) == 2
@@ -153,17 +161,19 @@ def test_a_disk_that_is_full_costs_neither_the_run_nor_what_was_there(results, t
 
 def test_a_run_that_goes_on_keeps_the_curve_of_before(results, tmp_path, experiment):
     results.keep(run="run-1", federation=[ROW])
-    results.keep(undefended=[ROW], envoys={"A": {}})
+    results.keep(undefended=[ROW])
+    curve = next((tmp_path / "tensorboard" / "run-1 plain FedAvg").iterdir())
     for name, kept in (("run-1", 1), ("run-2", 0)):
         Results(tmp_path, experiment.demo).keep(run=name, federation=[ROW] * 2)
         reached = json.loads((tmp_path / "history.json").read_text())
-        assert len(reached["undefended"]) == len(reached["envoys"]) == kept
+        assert len(reached["undefended"]) == kept
+        assert [*curve.parent.iterdir()] == [curve], "which is in TensorBoard's files already"
 
 
 def test_who_was_not_there_is_not_excluded():
     row = ROW | {"participants": ["A", "B", "C"], "failed": {"C": "no heartbeat for 60 s"}}
     assert table([row, row | {"accepted": ["A", "B", "C"], "excluded": []}])["excluded"].tolist() == [
-        "B, C (missing)", "–",
+        "B, C (no model)", "–",
     ]  # fmt: skip
 
 
@@ -190,7 +200,8 @@ def test_a_run_that_is_stopped_is_told_how_it_goes_on(results, tmp_path, monkeyp
     monkeypatch.setenv("CROWDGUARD_AGAIN", run.again(args))
     options = f"--config demo --set rounds=3 --results {tmp_path} --resume run-1"
     assert (
-        run.how_it_goes_on(tmp_path) == f"stopped after round 1: {sys.executable} experimenter/run.py {options} goes on"
+        run.how_it_goes_on(tmp_path)
+        == f"stopped after round 1, go on with: {sys.executable} experimenter/run.py {options}"
     )
 
 

@@ -131,7 +131,7 @@ def test_with_too_few_participants_the_run_ends_names_them_and_can_go_on(cluster
     waited = time.monotonic() - started
     assert running.process.returncode == 1
     assert "2 of 4 participants are left, 3 must be (min_participants); missing: Amsterdam (no heartbeat for" in log
-    assert f"RESUME={run} goes on" in log and len(running.rows()) >= 2
+    assert f"go on with: CROWDGUARD_RESUME={run}" in log and len(running.rows()) >= 2
     assert "was finished successfully" not in cluster.log("director").read_text()
     cluster.back("Amsterdam", "Bangalore")
     cluster.notebook(["rounds=5"], "resume", run).well(5)
@@ -306,7 +306,7 @@ def test_make_run_is_interrupted_by_ctrl_c_and_goes_on_with_resume(tmp_path):
     assert psutil.wait_procs(descendants, timeout=10)[1] == [], "nothing is left running"
     told = (tmp_path / "log").read_text().splitlines()
     assert any(
-        line.partition(": ")[2].startswith("make run ") and f" RESUME={before['run']} goes on" in line for line in told
+        " go on with: make run SET='rounds=5 " in line and line.endswith(f" RESUME={before['run']}") for line in told
     )
     assert make(f"RESUME={before['run']}").wait(timeout=500) == 0, (tmp_path / "log").read_text()[-3000:]
     rows = reached()["federation"]

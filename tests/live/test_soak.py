@@ -67,7 +67,7 @@ class Faults:
     def director_killed(self) -> str:
         self.cluster.kill("director")
         self.cluster.restart("director")
-        assert f"was the director restarted? RESUME={self.run} goes on" in self.running.ended(60)
+        assert f"was the director restarted? go on with: CROWDGUARD_RESUME={self.run}" in self.running.ended(60)
         self.resume()
         return ""
 
