@@ -81,7 +81,7 @@ def check(notebook):
 
 
 class Console:
-    """Shows what the notebook prints from its federation on: without blank lines, colours, and OpenFL's own words."""
+    """Shows what the notebook prints from its cell tagged `terminal` on, without blank lines and OpenFL's own words."""
 
     def __init__(self, stream, shown: bool = False):
         self.stream, self.open, self.shown = stream, "", shown
@@ -93,8 +93,8 @@ class Console:
                 self.stream.write(f"{plain}\n")
 
     def begin(self, cell, **_) -> None:
-        """Called before each cell. What those before the federation show is for who reads the notebook."""
-        if not self.shown and tagged(cell, "federation"):
+        """Called before each cell. What the explaining ones before show is for who reads the notebook."""
+        if not self.shown and tagged(cell, "terminal"):
             self.shown, self.open = True, ""
 
     def flush(self) -> None:

@@ -111,4 +111,4 @@ def test_a_run_that_is_over_before_the_attack_begins_is_told(play):
     assert "The attack begins in round 2, and this run has 1" in play(rounds=1)[1]
     cells = nbformat.read(ROOT / "FederatedCrowdGuard.ipynb", as_version=4).cells
     telling = next(cell for cell in cells if "The attack begins in round" in cell.source)
-    assert "federation" in telling.metadata["tags"], "from where on the terminal shows what is printed"
+    assert telling.metadata["tags"] == ["terminal"], "from where on it shows what is printed"

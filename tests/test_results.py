@@ -116,7 +116,7 @@ def test_the_terminal_shows_what_the_federation_says(tmp_path):
     stream = io.StringIO()
     console = run.Console(stream)
     method, federation, later = (nbformat.v4.new_code_cell() for _ in range(3))
-    federation.metadata["tags"] = ["federation"]
+    federation.metadata["tags"] = ["terminal"]
     for cell, text in ((method, "Linear: (2, 10)\n"), (federation, "run run-1 at\n\n"), (later, "round 1 done\n")):
         console.begin(cell, cell_index=0)
         console.write(text)
