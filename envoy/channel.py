@@ -154,9 +154,8 @@ def handshake(address: str, identity: Identity) -> None:
     except ssl.SSLCertVerificationError as error:
         words = f"{address} has no certificate that {identity.ca} vouches for: {error.verify_message}"
         if error.verify_code in OTHER_HOST:
-            words += (
-                f" The operator makes another: director/certificates.py --renew director --director {host.strip('[]')}"
-            )
+            another = f"director/certificates.py --renew director --director {host.strip('[]')}"
+            words += f" The operator makes another ({another}) and starts the director anew"
         raise ConnectionError(words) from None
     except ssl.SSLError as error:
         reason = (error.reason or str(error)).lower().replace("_", " ")

@@ -23,6 +23,7 @@ MEASURES = {
     "tnr": "TNR",
 }
 NAMES = ("excluded", "attackers")
+HISTORIES = {"federation": "federation", "plain FedAvg": "undefended"}  # name in CSV and TensorBoard → key in JSON
 OURS = ("history.*", "global_model.safetensors", "FederatedCrowdGuard.*", "*.png", "*.pdf")  # what a run leaves
 
 
@@ -92,8 +93,8 @@ class Results:
             "config": vars(config) if config else None,
             "versions": {"python": platform.python_version()} | versions,
         }
-        self.reached = {"format": 1, "run": "", **about, "federation": [], "traffic": []}
-        self.reached |= {"undefended": [], "envoys": {}}
+        empty = {"federation": [], "traffic": [], "undefended": [], "envoys": {}}
+        self.reached = {"format": 1, "run": ""} | about | empty
 
     def keep(self, model: bytes = b"", **reached) -> None:
         """Writes what there is; `reached` are keys of `history.json`."""
@@ -102,9 +103,9 @@ class Results:
             self.reached |= what_stays(self.folder, run)
         self.reached |= reached
         write(self.folder / "history.json", json.dumps(self.reached, indent=1).encode())
-        histories = {"federation": self.reached["federation"], "plain FedAvg": self.reached["undefended"]}
+        histories = {name: self.reached[key] for name, key in HISTORIES.items()}
         write(self.folder / "history.csv", as_csv(histories).encode())
-        for name, key in (("federation", "federation"), ("plain FedAvg", "undefended")):
+        for name, key in HISTORIES.items():
             if key in reached:  # not what was reached before this run went on
                 self.log(name, reached[key])
         if model:
