@@ -4,8 +4,8 @@
 # (Detroit attacks from round 6 on, which the five published rounds would not see. Values must not hold blanks.)
 
 PYTHON       ?= $(or $(shell for p in python3.11 python3.12; do $$p --version >/dev/null 2>&1 && echo $$p && break; done),python3)
-PARTICIPANTS ?= 4
-MALICIOUS    ?= 1
+PARTICIPANTS ?=
+MALICIOUS    ?=
 CONFIG       ?= demo
 SET          ?=
 ENVOY        ?=
@@ -15,8 +15,8 @@ ROUNDS       ?= 50
 SEED         ?= 1
 
 BIN        := .venv/bin
-FEDERATION := $(BIN)/python local/federation.py --participants $(PARTICIPANTS) --malicious $(MALICIOUS) \
-              $(foreach change,$(ENVOY),--set $(change))
+FEDERATION := $(BIN)/python local/federation.py $(if $(PARTICIPANTS),--participants $(PARTICIPANTS)) \
+              $(if $(MALICIOUS),--malicious $(MALICIOUS)) $(foreach change,$(ENVOY),--set $(change))
 NOTEBOOK   := $(BIN)/python experimenter/run.py --config $(CONFIG) --results $(RESULTS) $(if $(RESUME),--resume $(RESUME)) $(foreach change,$(SET),--set $(change))
 
 # Tests that do not wait for each other's processes, on two cores.
@@ -25,6 +25,13 @@ PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=15
 # Of the faults CI tries one of each kind; `make faults` tries all, and links that are cut; `make soak` many at random.
 SHORT := -k "not same_model and not many_points and not hangs and not make_run and not other_settings \
          and not restarted_while and not goes_on_without and not is_missed"
+
+# PYTHON makes a .venv; one that is there may be another's.
+ifneq ($(origin PYTHON),file)
+  ifneq ($(shell $(BIN)/python --version 2>/dev/null),$(if $(wildcard $(BIN)/python),$(shell $(PYTHON) --version)))
+    $(info PYTHON=$(PYTHON) is not that of .venv ($(shell $(BIN)/python --version)), which stays: remove .venv for it)
+  endif
+endif
 
 # Where Python must not write bytecode, each of a hundred processes would compile all that it imports, 8 seconds long.
 unexport PYTHONDONTWRITEBYTECODE

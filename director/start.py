@@ -25,6 +25,7 @@ warnings.filterwarnings("ignore", module="(.*/)?(metaflow|_distutils_hack)")  # 
 
 OPENFL = "1.9"  # its last release, which director/ and envoy/ mend
 KEYS = ("port", "envoy_health_check_period")  # whole numbers
+MOST = 65_535  # the largest port
 
 
 def read_config(path: Path) -> dict[str, int]:
@@ -42,8 +43,8 @@ def read_config(path: Path) -> dict[str, int]:
     for key, value in ((str(key.value), value.value) for key, value in node.value):
         if key not in KEYS or key in config:
             raise SystemExit(f"{path}: {key!r:.80}: {'is there twice' if key in config else 'unknown key'}")
-        if not (isinstance(value, str) and re.fullmatch(r"[1-9][0-9]{0,4}", value)):
-            raise SystemExit(f"{path}: {key}: {value!r:.80} is not a whole number from 1 to 99999")
+        if not (isinstance(value, str) and re.fullmatch(r"[1-9][0-9]{0,4}", value) and int(value) <= MOST):
+            raise SystemExit(f"{path}: {key}: {value!r:.80} is not a whole number from 1 to {MOST}")
         config[key] = int(value)
     if missing := [key for key in KEYS if key not in config]:
         raise SystemExit(f"{path}: {missing[0]}: missing")

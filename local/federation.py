@@ -8,9 +8,11 @@ for all participants. Everything is taken down again when the command ends, on C
 
 import argparse
 import contextlib
+import copy
 import itertools
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -61,24 +63,54 @@ def parse_override(text: str) -> tuple[list[str], object]:
         raise SystemExit(f"--set {text}: {error}") from None
 
 
-def participant_settings(participants: int, malicious: int, director: str, overrides=()) -> dict[str, dict]:
-    """name → settings. The last participants are malicious; their updates are scaled by 1 / PMR unless overridden."""
-    everyone = names(participants)
-    attackers = everyone[participants - malicious :]
+def written_settings(folder: Path) -> dict[str, dict]:
+    """What the YAML files of participants say, name → settings; `SystemExit` with one line that names a wrong one."""
     settings = {}
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            settings[path.stem] = mine = strict_yaml.read(path) or {}
+            sections = {"the file": mine} | {key: mine[key] for key in ("data", "attack") if key in mine}
+        except (ValueError, TypeError) as error:
+            raise SystemExit(f"{path}: {error}") from None
+        for key, section in sections.items():
+            if not isinstance(section, dict):
+                raise SystemExit(f"{path}: {key}: must hold keys and values (none: `{key}: {{}}`)")
+    if not settings:
+        raise SystemExit(f"{folder}: there is no YAML file of a participant")
+    return settings
+
+
+def attacks_of(written: dict[str, dict], everyone: list[str], malicious: int | None) -> dict[str, dict]:
+    """name → attack: as written if as many shall attack; or the last ones together, their updates scaled by 1 / PMR."""
+    attacks = {name: mine["attack"] for name, mine in written.items() if "attack" in mine}
+    malicious = len(attacks) if malicious is None else malicious
+    if not 0 <= malicious < len(everyone):
+        words = f"MALICIOUS={malicious} of PARTICIPANTS={len(everyone)}"
+        raise SystemExit(f"{words} (--malicious, --participants): must be at least 0 and fewer than all")
+    if everyone == [*written] and malicious == len(attacks):
+        return attacks
+    attackers, model = everyone[len(everyone) - malicious :], next(iter(attacks.values()), {})
+    return {name: model | {"scale": len(everyone) / malicious, "accomplices": attackers} for name in attackers}
+
+
+def participant_settings(participants: int | None, malicious: int | None, director: str, overrides=()):
+    """name → settings of so many participants; None: of those who have a YAML file in `envoy/`.
+
+    Who has no file has the first one's settings.
+    """
+    written, settings = written_settings(ROOT / "envoy"), {}
+    everyone = [*written] if participants in (None, len(written)) else names(participants)
+    attacks = attacks_of(written, everyone, malicious)
     for index, name in enumerate(everyone):
-        own = ROOT / "envoy" / f"{name}.yaml"
-        mine = strict_yaml.read(own if own.exists() else ROOT / "envoy" / "Amsterdam.yaml")
-        attack = mine.pop("attack", None)
-        mine |= {"name": name, "director": director}
-        mine["data"] |= {"index": index, "participants": participants}
+        mine = copy.deepcopy(written.get(name) or next(iter(written.values()))) | {"name": name, "director": director}
+        mine["data"] = mine.get("data", {}) | {"index": index, "participants": len(everyone)}
         if mine["data"].get("folder"):  # seen from here, not from the envoy's own folder and HOME
             mine["data"]["folder"] = str(Path(mine["data"]["folder"]).expanduser().absolute())
-        if name in attackers:
-            attack = attack or strict_yaml.read(ROOT / "envoy" / "Detroit.yaml")["attack"]
-            mine["attack"] = attack | {"scale": participants / malicious, "accomplices": attackers}
+        mine.pop("attack", None)
+        if name in attacks:
+            mine["attack"] = copy.deepcopy(attacks[name])
         for (*sections, key), value in overrides:
-            if sections != ["attack"] or name in attackers:
+            if sections != ["attack"] or name in attacks:
                 place = mine
                 for section in sections:
                     place = place.setdefault(section, {})
@@ -127,13 +159,11 @@ def remove_old_logs() -> None:
 class Federation:
     """Director and envoys as processes. A context manager; `run` runs a command beside them.
 
-    Attributes: `folder` (settings, certificates and logs), `environment` of commands that want to reach the director.
+    Arguments as of `participant_settings`; attributes: `folder` (settings, certificates and logs), `environment` of
+    commands that want to reach the director.
     """
 
-    def __init__(self, participants: int = 4, malicious: int = 1, overrides=(), host: str = "localhost"):
-        if not 0 <= malicious < participants:
-            words = f"MALICIOUS={malicious} of PARTICIPANTS={participants}"
-            raise SystemExit(f"{words} (--malicious, --participants): must be at least 0 and fewer than all")
+    def __init__(self, participants=None, malicious=None, overrides=(), host: str = "localhost"):
         director_port, aggregator_port = free_ports(2)
         self.host, self.address = host, f"{host}:{director_port}"
         self.settings = participant_settings(participants, malicious, self.address, overrides)
@@ -204,6 +234,10 @@ class Federation:
         with socket.socket() as probe:
             return probe.connect_ex((host, int(port))) == 0
 
+    def about(self) -> str:
+        attackers = ", ".join(name for name, mine in self.settings.items() if "attack" in mine) or "nobody"
+        return f"{len(self.settings)} participants are online; attackers: {attackers}; logs: {self.folder / 'logs'}"
+
     def log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.log"
 
@@ -256,10 +290,11 @@ class Federation:
     def tell_what_is_kept(self, log: str) -> None:
         """Says how a run that was stopped goes on, if the director has kept a round of it."""
         again = os.environ.get("CROWDGUARD_AGAIN", "CROWDGUARD_RESUME=")  # the Makefile says how it was called
-        for run in sorted(set(re.findall(r"\b(run-[0-9a-f]{8})-[0-9a-f]{8}\b", log))):
-            kept = runs_folder().glob(f"director/{run}/round-[0-9]*")
-            if number := max((int(path.name.removeprefix("round-")) for path in kept), default=0):
-                print(f"stopped after round {number}, go on with: {again}{run}")
+        runs, words = sorted(set(re.findall(r"\b(run-[0-9a-f]{8})-[0-9a-f]{8}\b", log))), []
+        for run in runs:
+            kept = [int(path.name[6:]) for path in runs_folder().glob(f"director/{run}/round-[0-9]*")]
+            words += [f"stopped after round {max(kept)}, go on with: {again}{run}"] if kept else []
+        print("\n".join(words) or "stopped before the first round")
 
     def stop(self) -> None:
         """Has the guardian end everything, or does so itself if the guardian is gone."""
@@ -283,21 +318,28 @@ def interrupt(number, frame):
     raise KeyboardInterrupt
 
 
+def again(command: list[str]) -> str:
+    """How a run beside this federation goes on: what stands before its name."""
+    runs = any(word.endswith("experimenter/run.py") for word in command)
+    return f"{shlex.join([sys.executable, *sys.argv])} --resume " if runs else "CROWDGUARD_RESUME="
+
+
 def main():
     for number in STOPPED_BY:
         signal.signal(number, interrupt)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--participants", type=int, default=4)
-    parser.add_argument("--malicious", type=int, default=1)
+    parser.add_argument("--participants", type=int, help="how many; those who have a YAML file in envoy/")
+    parser.add_argument("--malicious", type=int, help="how many of them, the last ones, attack; as their files say")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting for all participants")
     parser.add_argument("command", nargs="+", help="command to run beside the federation, after --")
     args = parser.parse_args()
     overrides = [parse_override(text) for text in args.set]
     if not shutil.which(args.command[0]):
         raise SystemExit(f"there is no command {args.command[0]}")
+    os.environ.setdefault("CROWDGUARD_AGAIN", again(args.command))
     try:
         with Federation(args.participants, args.malicious, overrides) as federation:
-            print(f"{len(federation.settings)} participants are online; logs: {federation.folder / 'logs'}", flush=True)
+            print(federation.about(), flush=True)
             if code := federation.run(args.command):
                 raise SystemExit(code)
     except KeyboardInterrupt:

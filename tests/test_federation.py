@@ -45,6 +45,56 @@ def test_more_participants_have_more_names_and_a_scale_of_one_over_pmr():
     assert {settings["data"]["seed"] for settings in made.values()} == {3}
 
 
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Three YAML files of an owner's own, two with an attack."""
+    monkeypatch.setattr(federation, "ROOT", tmp_path)
+    (tmp_path / "envoy").mkdir()
+    for name, rest in (
+        ("Ann", "attack: {scale: 1, first_round: 2}"),
+        ("Bob", "data: {index: 7}"),
+        ("Cy", "attack: {}"),
+    ):
+        (tmp_path / "envoy" / f"{name}.yaml").write_text(f"name: {name}\ndirector: x:1\n{rest}\n")
+    return tmp_path / "envoy"
+
+
+def test_files_are_obeyed(written):
+    made = federation.participant_settings(None, None, "localhost:1")
+    assert made["Ann"]["attack"] == {"scale": 1, "first_round": 2} and made["Cy"]["attack"] == {}
+    assert "attack" not in made["Bob"] and made["Bob"]["data"] == {"index": 1, "participants": 3}
+    assert federation.participant_settings(3, 2, "localhost:1") == made
+
+
+def test_other_numbers_than_files_make_the_last_ones_attack_together(written):
+    made = federation.participant_settings(3, 1, "localhost:1")
+    assert [name for name in made if "attack" in made[name]] == ["Cy"]
+    assert made["Cy"]["attack"] == {"scale": 3, "first_round": 2, "accomplices": ["Cy"]}
+    assert not any("attack" in mine for mine in federation.participant_settings(3, 0, "localhost:1").values())
+    for file in written.iterdir():
+        file.write_text(file.read_text().partition("attack")[0])
+    assert federation.participant_settings(4, 2, "x:1")["Detroit"]["attack"] == {
+        "scale": 2, "accomplices": ["Chandler", "Detroit"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: Ann\n\tdata: {}", "not YAML"),
+        ("attack:", "attack: must hold keys"),
+        ("data: 5", "data: must hold keys"),
+        ("- Ann", "the file: must hold keys"),
+        ("data: {}\ndata: {}", "'data' is there twice"),
+    ],
+)
+def test_a_wrong_file_is_named_in_one_line(written, text, words):
+    (written / "Ann.yaml").write_text(text)
+    with pytest.raises(SystemExit, match=words) as said:
+        federation.participant_settings(None, None, "localhost:1")
+    assert str(said.value).startswith(str(written / "Ann.yaml")) and "\n" not in str(said.value)
+
+
 def test_certificates_carry_the_names_and_stay_private(tmp_path):
     certificates.make_certificates(tmp_path, "director.example.org", ["Amsterdam"])
     certificate = x509.load_pem_x509_certificate((tmp_path / "Amsterdam.crt").read_bytes())
@@ -310,7 +360,7 @@ def test_a_run_that_was_stopped_is_told_how_it_goes_on(tmp_path, monkeypatch, ca
     stopped = federation.Federation.__new__(federation.Federation)
     log = "INFO experiment run-00000002-aaaaaaaa begins\nrun-00000003-bbbbbbbb waits"
     stopped.tell_what_is_kept(log)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "stopped before the first round\n"
     for name in ("run-00000001/round-0001", "run-00000002/round-0003", "run-00000002/round-0004"):
         (tmp_path / "director" / name).mkdir(parents=True)
     stopped.tell_what_is_kept(log)
@@ -319,6 +369,13 @@ def test_a_run_that_was_stopped_is_told_how_it_goes_on(tmp_path, monkeypatch, ca
         told.startswith("stopped after round 4, go on with: make run SET=seed=3 RESUME=run-00000002")
         and told.count("\n") == 1
     )
+
+
+def test_without_make_too(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["local/federation.py", "--", "python", "experimenter/run.py", "--set", "seed=3"])
+    command = f"{sys.executable} local/federation.py -- python experimenter/run.py --set seed=3 --resume "
+    assert federation.again(sys.argv[2:]) == command
+    assert federation.again(["jupyter", "lab"]) == "CROWDGUARD_RESUME="
 
 
 def test_logs_of_what_went_wrong_are_removed_after_a_week(tmp_path, monkeypatch):
@@ -392,6 +449,7 @@ def read_config():
         ("[]", "must hold the keys port, envoy_health_check_period"),
         ("", "must hold the keys"),
         ("port: yes", "port: 'yes' is not a whole number"),
+        ("port: 80000", "port: '80000' is not a whole number from 1 to 65535"),
         ("port: 1\nenvoy_health_check_period: 5\nhost: x", "'host': unknown key"),
         ("1: 2", "'1': unknown key"),
         ("port: 1", "envoy_health_check_period: missing"),
