@@ -172,6 +172,8 @@ def make_certificates(
     """
     if twice := [name for name in participants if participants.count(name) > 1]:
         raise SystemExit(f"{twice[0]} is there twice: each participant needs a name of its own")
+    if missing := [name for name in renew if not (folder / f"{name}.crt").exists()]:
+        raise SystemExit(f"--renew {missing[0]}: there is no {folder / missing[0]}.crt; without --renew one is made")
     participants = [*participants, *(name for name in renew if name not in ("director", "experimenter"))]
     for name in participants:
         check_name(name)

@@ -108,7 +108,7 @@ class Door(DirectorGRPCServer):
 
     async def GetEnvoys(self, request, context):  # noqa: N802
         async with self.require("experimenter", context):
-            await self.check_kept(dict(context.invocation_metadata()).get("resume"), context)
+            await self.check_wish(dict(context.invocation_metadata()), context)
             answer = await super().GetEnvoys(request, context)
             refused = self.director.refused.items()
             answer.envoy_infos.extend(
@@ -116,11 +116,16 @@ class Door(DirectorGRPCServer):
             )
             return answer
 
-    async def check_kept(self, run: str | None, context) -> None:
-        """Ends the call if nothing is kept of the run that shall go on."""
+    async def check_wish(self, asked: dict, context) -> None:
+        """Ends the call if the settings do not do, or nothing is kept by them of the run that shall go on."""
         try:
-            if run:
-                await asyncio.to_thread(checkpoints.load, checkpoints.folder_of(self.director.runs, run))
+            now = json.loads(asked.get("settings", "{}"))
+            if timeout := now.get("participant_timeout"):
+                check_heartbeats(timeout, self.director.envoy_health_check_period)
+            if run := asked.get("resume"):
+                state, _ = await asyncio.to_thread(checkpoints.load, checkpoints.folder_of(self.director.runs, run))
+                kept = state.get("settings", {})
+                check_settings(kept, {name: value for name, value in now.items() if name in kept})
         except (OSError, ValueError) as error:
             await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
 
@@ -357,10 +362,15 @@ class Experiment(experiment.Experiment):
 
 def resumed(state: dict, flow) -> list:
     """The history of a run that is kept; `ValueError` if the flow's settings are not those that it was made with."""
-    for name, now in json.loads(json.dumps(flow.settings())).items():
-        if (before := state["settings"].get(name)) != now:
-            raise ValueError(f"the run that shall go on has {name} {before!r}, not {now!r}: choose the same settings")
+    check_settings(state["settings"], json.loads(json.dumps(flow.settings())))
     return state["history"]
+
+
+def check_settings(kept: dict, now: dict) -> None:
+    """`ValueError` if a setting, name → value, is not what it was in the run that shall go on."""
+    for name, value in now.items():
+        if (before := kept.get(name)) != value:
+            raise ValueError(f"the run that shall go on has {name} {before!r}, not {value!r}: choose the same settings")
 
 
 def check_protocol(plan: dict) -> None:

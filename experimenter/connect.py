@@ -25,8 +25,8 @@ LOST = 600  # seconds without an answer
 CONNECTED = 60  # a call that has lasted so many seconds had been answered until then; others are cut off before
 RETRY = 2  # seconds
 HOW = (
-    "For a federation on this machine use `make run`; for a real one start director/start.py there, and set "
-    "CROWDGUARD_DIRECTOR to its address and CROWDGUARD_CERTIFICATES to the folder of your certificate"
+    "(for a federation on this machine use `make run`; for a real one start director/start.py there, and set "
+    "CROWDGUARD_DIRECTOR to its address and CROWDGUARD_CERTIFICATES to the folder of your certificate)"
 )
 
 
@@ -43,26 +43,27 @@ def identity() -> Identity:
     try:
         return Identity.of("experimenter", CERTIFICATES)
     except ValueError as error:
-        raise ConnectionError(f"{error}. {HOW}") from None
+        raise ConnectionError(f"{error} {HOW}") from None
 
 
-def assert_director(resume: str = "") -> None:
-    """`ConnectionError` with one line if there is no director that would talk to us, or go on with the run `resume`."""
+def assert_director(resume: str = "", config=None) -> None:
+    """`ConnectionError` with one line if there is no director that would talk to us, run an experiment with these
+    settings, a dataclass, or go on with the run `resume`."""
+    if not re.fullmatch(r"[\w-]*", resume, re.ASCII):
+        raise ConnectionError(f"RESUME={resume}: a run's name has letters, digits, - and _ alone")
     try:
         if (plain := plain_address(DIRECTOR)) != DIRECTOR:
             raise ConnectionError(f"CROWDGUARD_DIRECTOR: {DIRECTOR} must be written as {plain}")
         handshake(DIRECTOR, identity())
         greet(DIRECTOR, identity())
-        if not re.fullmatch(r"[\w-]*", resume, re.ASCII):
-            raise ConnectionError(f"RESUME={resume}: a run's name has letters, digits, - and _ alone")
-        if resume:
-            DirectorClient(identity()).get_envoys(resume)
+        if resume or config:
+            DirectorClient(identity()).get_envoys(resume, vars(config) if config else {})
     except grpc.RpcError as error:
         raise refusal(error) from None
     except ValueError as error:
         raise ConnectionError(f"CROWDGUARD_DIRECTOR: {error}") from None
     except ConnectionError as error:
-        raise ConnectionError(str(error) if HOW in str(error) else f"no director: {error}. {HOW}") from None
+        raise ConnectionError(str(error) if HOW in str(error) else f"no director: {error} {HOW}") from None
 
 
 @dataclass
@@ -86,9 +87,10 @@ class DirectorClient(RuntimeDirectorClient):
     def connect(self) -> None:
         self.stub = director_pb2_grpc.DirectorStub(open_channel(DIRECTOR, self.identity))
 
-    def get_envoys(self, resume: str = ""):
-        """Who is there; refused if a run shall go on of which the director has nothing."""
-        return self.stub.GetEnvoys(director_pb2.GetEnvoysRequest(), metadata=(("resume", resume),) if resume else ())
+    def get_envoys(self, resume: str = "", settings=()):
+        """Who is there; refused if the director would not run these settings, or not go on with the run by them."""
+        wish = {"settings": json.dumps(dict(settings))} | ({"resume": resume} if resume else {})
+        return self.stub.GetEnvoys(director_pb2.GetEnvoysRequest(), metadata=tuple(wish.items()))
 
     def lines(self, name: str, told: int):
         """What the director tells of the experiment, from a line on."""
@@ -232,16 +234,18 @@ class Federation(FederatedRuntime):
                 log.warning("the results cannot be written: %s; the director keeps them, %s", error, goes_on(self.run))
 
 
-def connect(resume: str = "", results: Results | None = None, at_least: int | None = None) -> Federation:
+def connect(resume: str = "", results: Results | None = None, config=None) -> Federation:
     """The federation behind `CROWDGUARD_DIRECTOR`, with all participants that are online; arguments as `Federation`.
 
-    Raises: `ConnectionError` with one line if there is no director, or fewer than `at_least` (or 1) are online.
+    Raises: `ConnectionError` with one line if there is no director, it would not go on with the run by the settings
+    in `config`, or fewer are online than its `min_participants` (or 1).
     """
     logging.getLogger("openfl").setLevel(logging.WARNING)
-    assert_director(resume)
+    assert_director(resume, config)
     federation = Federation(resume, results)
     if not federation.collaborators:
         raise ConnectionError("no envoy is online: start envoy/start.py at the participants")
+    at_least = config and config.min_participants
     if (online := len(federation.collaborators)) < (at_least or 1):
         names = ", ".join(federation.collaborators)
         raise ConnectionError(f"min_participants is {at_least}, and {online} are online: {names}; lower it or wait")

@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 import tempfile
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -28,6 +29,7 @@ NOTEBOOK = Path(__file__).parent.parent / "FederatedCrowdGuard.ipynb"
 sys.path.insert(0, str(NOTEBOOK.parent))  # for the package that this file is in
 NOISE = re.compile(r"\s*$|(Aggregator|Collaborator) step .* registered|.*: \S+ has trained, ")
 OPENFL = re.compile(r"Exception: FederatedRuntime: Experiment \S+ failed to run due to error: ")  # before our words
+TELL = 20  # seconds between signs of life while the notebook explains
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -83,8 +85,9 @@ def check(notebook):
 class Console:
     """Shows what the notebook prints from its cell tagged `terminal` on, without blank lines and OpenFL's own words."""
 
-    def __init__(self, stream, shown: bool = False):
-        self.stream, self.open, self.shown = stream, "", shown
+    def __init__(self, stream, shown: bool = False, cells: int = 0):
+        self.stream, self.open, self.shown, self.cells = stream, "", shown, cells
+        self.told = time.monotonic()
 
     def write(self, text: str) -> None:
         *lines, self.open = (self.open + text).split("\n")
@@ -92,10 +95,13 @@ class Console:
             if not NOISE.match(plain := ANSI.sub("", line)):
                 self.stream.write(f"{plain}\n")
 
-    def begin(self, cell, **_) -> None:
+    def begin(self, cell, cell_index, **_) -> None:
         """Called before each cell. What the explaining ones before show is for who reads the notebook."""
         if not self.shown and tagged(cell, "terminal"):
             self.shown, self.open = True, ""
+        elif not self.shown and time.monotonic() - self.told > TELL:
+            self.stream.write(f"explaining, cell {cell_index + 1} of {self.cells}\n")
+            self.told = time.monotonic()
 
     def flush(self) -> None:
         self.stream.flush()
@@ -113,7 +119,8 @@ def execute(notebook, output: Path | None) -> None:
             os.environ.setdefault("CROWDGUARD_WORKSPACE", str(Path(folder) / "workspace" / "generated_workspace"))
         try:
             running = output and output.with_suffix(".failed.ipynb")  # an earlier result stays until there is a new one
-            console = Console(sys.stdout)
+            first = next((i for i, cell in enumerate(notebook.cells) if tagged(cell, "terminal")), 0)
+            console = Console(sys.stdout, cells=first)
             shown = {
                 "stdout_file": console,
                 "stderr_file": Console(sys.stderr, shown=True),
@@ -138,7 +145,7 @@ def assert_federation(resume: str, config) -> None:
     from experimenter.connect import connect
 
     try:
-        connect(resume, at_least=config.min_participants)
+        connect(resume, config=config)
     except ConnectionError as error:
         raise SystemExit(str(error)) from None
 
@@ -167,11 +174,9 @@ def claim(results: Path) -> FileLock:
         results.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
-        raise SystemExit(
-            f"{results} is another run's, which goes on: choose another folder (make run RESULTS=…)"
-        ) from None
+        raise SystemExit(f"{results} is another run's, which goes on: choose another (RESULTS=…, --results)") from None
     except OSError as error:
-        raise SystemExit(f"{results}: {error.strerror}: choose another folder (make run RESULTS=…)") from None
+        raise SystemExit(f"{results}: {error.strerror}: choose another folder (RESULTS=…, --results)") from None
     return lock
 
 

@@ -515,6 +515,12 @@ def test_a_run_of_which_nothing_is_kept_is_refused_before_anything_is_done(place
     folder = place / "runs" / "run-1"
     checkpoints.save(folder, 1, {}, b"")
     connect.assert_director("run-1")
+    checkpoints.save(folder, 1, {"settings": {"seed": 10}}, b"")
+    connect.assert_director("run-1", SimpleNamespace(seed=10, rounds=20))  # which may have become another
+    with pytest.raises(ConnectionError, match="refuses: the run that shall go on has seed 10, not 3"):
+        connect.assert_director("run-1", SimpleNamespace(seed=3, rounds=20))
+    with pytest.raises(ConnectionError, match="participant_timeout is 1 s, and heartbeats come every"):
+        connect.assert_director(config=SimpleNamespace(participant_timeout=1))
     with pytest.raises(ConnectionError, match="the latest are run-1"):
         connect.assert_director("run-2")
 
@@ -544,4 +550,6 @@ def test_a_key_is_its_owner_s_alone_and_fits_its_certificate(place, tmp_path):
     key.write_bytes(before)
     certificates.make_certificates(tmp_path / "c", None, ["Amsterdam", "Mallory"])
     channel.Identity.of("Mallory", tmp_path / "c")
+    with pytest.raises(SystemExit, match="--renew Malory: there is no .*Malory.crt"):
+        certificates.make_certificates(tmp_path / "c", None, [], renew=("Malory",))
     assert key.read_bytes() != before == (tmp_path / "c" / "Amsterdam.key").read_bytes()

@@ -83,6 +83,23 @@ def test_with_any_number_of_participants(play, count):
     assert len(values["names"]) == count
 
 
+def test_a_curve_without_defence_is_of_the_same_attack():
+    cells, values = nbformat.read(ROOT / "FederatedCrowdGuard.ipynb", as_version=4).cells, {}
+    exec(next(cell.source for cell in cells if "def same_attack" in cell.source), values)
+
+    def row(attackers=("Eve",), failed=(), backdoor="red square"):
+        return {"attackers": [*attackers], "failed": dict.fromkeys(failed, "gone"), "backdoor": backdoor}
+
+    for there, here, same in (
+        (row(), row(), True),
+        (row(attackers=()), row(), False),
+        (row(attackers=(), failed=["Eve"]), row(), True),  # it was away
+        (row(backdoor="noise"), row(), False),
+        (row(backdoor=None), row(), True),  # nobody has measured it
+    ):
+        assert values["same_attack"]([row(), there], [row(), here]) is same
+
+
 @pytest.mark.parametrize("net", NETS)
 def test_with_other_nets(play, net):
     assert "The figures show the demo" not in play(net=NETS[net])[1]

@@ -41,7 +41,7 @@ def test_they_hold_no_errors_counts_colours_or_paths(notebook, outputs):
 
 def test_every_figure_is_there_with_its_alternative_text(outputs):
     figures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(figures) == 9
+    assert len(figures) == 8
     assert all(figure.metadata["image/png"]["alt"] for figure in figures)
 
 

@@ -114,7 +114,8 @@ def test_a_run_in_whose_last_round_everybody_failed_is_no_success(failed, words)
 
 def test_the_terminal_shows_what_the_federation_says(tmp_path):
     stream = io.StringIO()
-    console = run.Console(stream)
+    console = run.Console(stream, cells=2)
+    console.told -= 2 * run.TELL  # so long nothing was shown
     method, federation, later = (nbformat.v4.new_code_cell() for _ in range(3))
     federation.metadata["tags"] = ["terminal"]
     for cell, text in ((method, "Linear: (2, 10)\n"), (federation, "run run-1 at\n\n"), (later, "round 1 done\n")):
@@ -122,7 +123,7 @@ def test_the_terminal_shows_what_the_federation_says(tmp_path):
         console.write(text)
         console.write("" if console.shown else "half a line")
     console.write("round 2: Amsterdam has trained, loss 0.1\n")
-    assert stream.getvalue() == "run run-1 at\nround 1 done\n"
+    assert stream.getvalue() == "explaining, cell 1 of 2\nrun run-1 at\nround 1 done\n"
 
 
 def test_event_files_hold_each_round_once(results, tmp_path):
@@ -182,14 +183,15 @@ def test_who_was_not_there_is_not_excluded():
     [([], None, "no envoy is online"), (["A", "B"], 3, "min_participants is 3, and 2 are online: A, B")],
 )
 def test_too_few_to_begin_with_are_told_at_once(monkeypatch, online, at_least, words):
-    monkeypatch.setattr(connect, "assert_director", lambda resume: None)
+    monkeypatch.setattr(connect, "assert_director", lambda resume, config: None)
     monkeypatch.setattr(connect, "Federation", lambda resume, results: SimpleNamespace(collaborators=online))
+    config = SimpleNamespace(min_participants=at_least)
     with pytest.raises(ConnectionError, match=words):
-        connect.connect(at_least=at_least)
+        connect.connect(config=config)
     with pytest.raises(SystemExit, match=words):
-        run.assert_federation("", SimpleNamespace(min_participants=at_least))
+        run.assert_federation("", config)
     online += ["C", "D"]
-    assert connect.connect(at_least=at_least).collaborators == online
+    assert connect.connect(config=config).collaborators == online
 
 
 def test_a_run_that_is_stopped_is_told_how_it_goes_on(results, tmp_path, monkeypatch):
