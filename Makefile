@@ -27,9 +27,10 @@ SHORT := -k "not same_model and not many_points and not hangs and not make_run a
          and not restarted_while and not goes_on_without and not is_missed"
 
 # PYTHON makes a .venv; one that is there may be another's.
-ifneq ($(origin PYTHON),file)
-  ifneq ($(shell $(BIN)/python --version 2>/dev/null),$(if $(wildcard $(BIN)/python),$(shell $(PYTHON) --version)))
-    $(info PYTHON=$(PYTHON) is not that of .venv ($(shell $(BIN)/python --version)), which stays: remove .venv for it)
+ifeq ($(origin PYTHON)$(MAKELEVEL),command line0)
+  FOUND := $(if $(wildcard .venv/ready),$(shell $(BIN)/python --version 2>/dev/null))
+  ifneq ($(FOUND),$(if $(FOUND),$(shell $(PYTHON) --version 2>/dev/null)))
+    $(info PYTHON=$(PYTHON) is not that of .venv ($(FOUND)), which stays: remove .venv for it)
   endif
 endif
 

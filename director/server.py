@@ -119,14 +119,14 @@ class Door(DirectorGRPCServer):
     async def check_wish(self, asked: dict, context) -> None:
         """Ends the call if the settings do not do, or nothing is kept by them of the run that shall go on."""
         try:
-            now = json.loads(asked.get("settings", "{}"))
-            if timeout := now.get("participant_timeout"):
-                check_heartbeats(timeout, self.director.envoy_health_check_period)
+            now = dict(json.loads(asked.get("settings", "{}")))
+            if "participant_timeout" in now:
+                check_heartbeats(float(now["participant_timeout"]), self.director.envoy_health_check_period)
             if run := asked.get("resume"):
                 state, _ = await asyncio.to_thread(checkpoints.load, checkpoints.folder_of(self.director.runs, run))
                 kept = state.get("settings", {})
                 check_settings(kept, {name: value for name, value in now.items() if name in kept})
-        except (OSError, ValueError) as error:
+        except (OSError, RecursionError, TypeError, ValueError) as error:
             await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
 
     async def SetNewExperiment(self, stream, context):  # noqa: N802
@@ -382,7 +382,7 @@ def check_protocol(plan: dict) -> None:
 
 def check_heartbeats(timeout: float, period: float) -> None:
     """`ValueError` if participants would be given up between two heartbeats."""
-    if timeout < 2 * period:
+    if not timeout >= 2 * period:  # nor if it is no number
         words = f"heartbeats come every {period} s (envoy_health_check_period in the director's YAML)"
         raise ValueError(f"participant_timeout is {timeout:g} s, and {words}: it must be at least twice that")
 

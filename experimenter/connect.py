@@ -24,6 +24,7 @@ CERTIFICATES = Path(os.environ.get("CROWDGUARD_CERTIFICATES", "certificates"))
 LOST = 600  # seconds without an answer
 CONNECTED = 60  # a call that has lasted so many seconds had been answered until then; others are cut off before
 RETRY = 2  # seconds
+SENT = (bool, int, float, str, type(None))  # settings that can be refused at once; others when the run begins
 HOW = (
     "(for a federation on this machine use `make run`; for a real one start director/start.py there, and set "
     "CROWDGUARD_DIRECTOR to its address and CROWDGUARD_CERTIFICATES to the folder of your certificate)"
@@ -89,7 +90,8 @@ class DirectorClient(RuntimeDirectorClient):
 
     def get_envoys(self, resume: str = "", settings=()):
         """Who is there; refused if the director would not run these settings, or not go on with the run by them."""
-        wish = {"settings": json.dumps(dict(settings))} | ({"resume": resume} if resume else {})
+        plain = {name: value for name, value in dict(settings).items() if isinstance(value, SENT)}
+        wish = {"settings": json.dumps(plain)} | ({"resume": resume} if resume else {})
         return self.stub.GetEnvoys(director_pb2.GetEnvoysRequest(), metadata=tuple(wish.items()))
 
     def lines(self, name: str, told: int):

@@ -101,6 +101,7 @@ class Console:
             self.shown, self.open = True, ""
         elif not self.shown and time.monotonic() - self.told > TELL:
             self.stream.write(f"explaining, cell {cell_index + 1} of {self.cells}\n")
+            self.stream.flush()
             self.told = time.monotonic()
 
     def flush(self) -> None:

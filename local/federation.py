@@ -53,7 +53,8 @@ def parse_override(text: str) -> tuple[list[str], object]:
     key, equals, value = text.partition("=")
     if not equals:
         raise SystemExit(f"--set {text}: must be key=value, as in data.source=image_folder")
-    if key in ("name", "director", "data", "attack", "data.index", "data.participants") or key.count(".") > 1:
+    ours = ("name", "director", "data", "attack", "data.index", "data.participants")
+    if key in ours or key.partition(".")[0] in ours[:2] or key.count(".") > 1:
         raise SystemExit(f"--set {text}: {key} is not one setting for all participants")
     if key == "data.folder":
         return key.split("."), str(Path(value).expanduser().absolute())
@@ -66,7 +67,7 @@ def parse_override(text: str) -> tuple[list[str], object]:
 def written_settings(folder: Path) -> dict[str, dict]:
     """What the YAML files of participants say, name → settings; `SystemExit` with one line that names a wrong one."""
     settings = {}
-    for path in sorted(folder.glob("*.yaml")):
+    for path in sorted(folder.glob("[!.]*.yaml")):
         try:
             settings[path.stem] = mine = strict_yaml.read(path) or {}
             sections = {"the file": mine} | {key: mine[key] for key in ("data", "attack") if key in mine}
@@ -75,15 +76,17 @@ def written_settings(folder: Path) -> dict[str, dict]:
         for key, section in sections.items():
             if not isinstance(section, dict):
                 raise SystemExit(f"{path}: {key}: must hold keys and values (none: `{key}: {{}}`)")
+        if not isinstance(place := mine.get("data", {}).get("folder") or "", str):
+            raise SystemExit(f"{path}: data.folder: {place!r} is no path")
     if not settings:
-        raise SystemExit(f"{folder}: there is no YAML file of a participant")
+        raise SystemExit(f"{folder}: there is no *.yaml of a participant")
     return settings
 
 
 def attacks_of(written: dict[str, dict], everyone: list[str], malicious: int | None) -> dict[str, dict]:
     """name → attack: as written if as many shall attack; or the last ones together, their updates scaled by 1 / PMR."""
     attacks = {name: mine["attack"] for name, mine in written.items() if "attack" in mine}
-    malicious = len(attacks) if malicious is None else malicious
+    malicious = min(len(attacks), len(everyone) - 1) if malicious is None else malicious
     if not 0 <= malicious < len(everyone):
         words = f"MALICIOUS={malicious} of PARTICIPANTS={len(everyone)}"
         raise SystemExit(f"{words} (--malicious, --participants): must be at least 0 and fewer than all")
@@ -96,10 +99,11 @@ def attacks_of(written: dict[str, dict], everyone: list[str], malicious: int | N
 def participant_settings(participants: int | None, malicious: int | None, director: str, overrides=()):
     """name → settings of so many participants; None: of those who have a YAML file in `envoy/`.
 
-    Who has no file has the first one's settings.
+    They come first, in the order of their names; who has no file has the first one's settings. A name is its file's.
     """
     written, settings = written_settings(ROOT / "envoy"), {}
-    everyone = [*written] if participants in (None, len(written)) else names(participants)
+    others = (name for name in names((participants or 0) + len(written)) if name not in written)
+    everyone = [*written, *others][: len(written) if participants is None else participants]
     attacks = attacks_of(written, everyone, malicious)
     for index, name in enumerate(everyone):
         mine = copy.deepcopy(written.get(name) or next(iter(written.values()))) | {"name": name, "director": director}
@@ -114,6 +118,8 @@ def participant_settings(participants: int | None, malicious: int | None, direct
                 place = mine
                 for section in sections:
                     place = place.setdefault(section, {})
+                if not isinstance(place, dict):
+                    raise SystemExit(f"--set {'.'.join([*sections, key])}: {sections[-1]} has no keys")
                 place[key] = value
         settings[name] = mine
     return settings
@@ -294,7 +300,8 @@ class Federation:
         for run in runs:
             kept = [int(path.name[6:]) for path in runs_folder().glob(f"director/{run}/round-[0-9]*")]
             words += [f"stopped after round {max(kept)}, go on with: {again}{run}"] if kept else []
-        print("\n".join(words) or "stopped before the first round")
+        if words or runs:
+            print("\n".join(words) or "stopped before the first round")
 
     def stop(self) -> None:
         """Has the guardian end everything, or does so itself if the guardian is gone."""
@@ -329,7 +336,7 @@ def main():
         signal.signal(number, interrupt)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--participants", type=int, help="how many; those who have a YAML file in envoy/")
-    parser.add_argument("--malicious", type=int, help="how many of them, the last ones, attack; as their files say")
+    parser.add_argument("--malicious", type=int, help="how many attack, the last ones unless it is as in the files")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting for all participants")
     parser.add_argument("command", nargs="+", help="command to run beside the federation, after --")
     args = parser.parse_args()

@@ -525,6 +525,17 @@ def test_a_run_of_which_nothing_is_kept_is_refused_before_anything_is_done(place
         connect.assert_director("run-2")
 
 
+@pytest.mark.parametrize(
+    "settings", ["[1]", "5", "null", "x", "[" * 5_000, '{"participant_timeout": NaN}', '{"participant_timeout": []}']
+)
+def test_settings_that_are_none_are_refused_too(place, director, monkeypatch, settings):
+    connect = notebook_side(director, place, monkeypatch)
+    stub = connect.DirectorClient(connect.identity()).stub
+    with pytest.raises(grpc.RpcError) as said:
+        stub.GetEnvoys(connect.director_pb2.GetEnvoysRequest(), metadata=(("settings", settings),))
+    assert said.value.code() is grpc.StatusCode.NOT_FOUND and said.value.details()
+
+
 def test_certificates_can_be_renewed_and_listed(place, tmp_path):
     shutil.copytree(place / "certificates", tmp_path / "c")
     before = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}

@@ -73,9 +73,23 @@ def test_other_numbers_than_files_make_the_last_ones_attack_together(written):
     assert not any("attack" in mine for mine in federation.participant_settings(3, 0, "localhost:1").values())
     for file in written.iterdir():
         file.write_text(file.read_text().partition("attack")[0])
-    assert federation.participant_settings(4, 2, "x:1")["Detroit"]["attack"] == {
-        "scale": 2, "accomplices": ["Chandler", "Detroit"],
-    }  # fmt: skip
+    made = federation.participant_settings(5, 2, "x:1")
+    assert list(made) == ["Ann", "Bob", "Cy", "Amsterdam", "Bangalore"]
+    assert made["Bangalore"]["attack"] == {"scale": 2.5, "accomplices": ["Amsterdam", "Bangalore"]}
+
+
+def test_who_does_not_take_part_is_not_counted(written):
+    assert ["attack" in mine for mine in federation.participant_settings(2, None, "x:1").values()] == [False, True]
+    assert ["attack" in mine for mine in federation.participant_settings(1, None, "x:1").values()] == [False]
+    (written / "._Bob.yaml").write_bytes(b"\xff")  # of another system
+    assert list(federation.participant_settings(None, None, "x:1")) == ["Ann", "Bob", "Cy"]
+
+
+def test_settings_are_no_sections(written):
+    with pytest.raises(SystemExit, match="--set trigger.x: trigger has no keys"):
+        federation.participant_settings(None, None, "x:1", [(["trigger"], "noise"), (["trigger", "x"], 1)])
+    with pytest.raises(SystemExit, match="director.host is not one setting"):
+        federation.parse_override("director.host=1")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +99,7 @@ def test_other_numbers_than_files_make_the_last_ones_attack_together(written):
         ("attack:", "attack: must hold keys"),
         ("data: 5", "data: must hold keys"),
         ("- Ann", "the file: must hold keys"),
+        ("data: {folder: 5}", "data.folder: 5 is no path"),
         ("data: {}\ndata: {}", "'data' is there twice"),
     ],
 )
@@ -359,6 +374,8 @@ def test_a_run_that_was_stopped_is_told_how_it_goes_on(tmp_path, monkeypatch, ca
     monkeypatch.setenv("CROWDGUARD_AGAIN", "make run SET=seed=3 RESUME=")
     stopped = federation.Federation.__new__(federation.Federation)
     log = "INFO experiment run-00000002-aaaaaaaa begins\nrun-00000003-bbbbbbbb waits"
+    stopped.tell_what_is_kept("no run of ours")
+    assert capsys.readouterr().out == ""
     stopped.tell_what_is_kept(log)
     assert capsys.readouterr().out == "stopped before the first round\n"
     for name in ("run-00000001/round-0001", "run-00000002/round-0003", "run-00000002/round-0004"):

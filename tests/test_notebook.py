@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import zlib
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -98,6 +99,13 @@ def test_a_curve_without_defence_is_of_the_same_attack():
         (row(backdoor=None), row(), True),  # nobody has measured it
     ):
         assert values["same_attack"]([row(), there], [row(), here]) is same
+
+
+def test_the_demo_knows_the_files_as_they_came(private_attributes):
+    source = nbformat.read(ROOT / "FederatedCrowdGuard.ipynb", as_version=4).cells[-1].source
+    read = {path.stem: private_attributes.read_settings(path) for path in sorted((ROOT / "envoy").glob("*.yaml"))}
+    written = {name: settings.model_dump(mode="json", exclude={"director"}) for name, settings in read.items()}
+    assert f"SHIPPED = {zlib.crc32(repr(written).encode())} " in source
 
 
 @pytest.mark.parametrize("net", NETS)
