@@ -106,7 +106,7 @@ def participant_settings(participants: int | None, malicious: int | None, direct
     everyone = [*written, *others][: len(written) if participants is None else participants]
     attacks = attacks_of(written, everyone, malicious)
     for index, name in enumerate(everyone):
-        mine = copy.deepcopy(written.get(name) or next(iter(written.values()))) | {"name": name, "director": director}
+        mine = copy.deepcopy(written.get(name, next(iter(written.values())))) | {"name": name, "director": director}
         mine["data"] = mine.get("data", {}) | {"index": index, "participants": len(everyone)}
         if mine["data"].get("folder"):  # seen from here, not from the envoy's own folder and HOME
             mine["data"]["folder"] = str(Path(mine["data"]["folder"]).expanduser().absolute())

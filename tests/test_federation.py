@@ -85,6 +85,13 @@ def test_who_does_not_take_part_is_not_counted(written):
     assert list(federation.participant_settings(None, None, "x:1")) == ["Ann", "Bob", "Cy"]
 
 
+def test_an_empty_file_has_the_default_values_and_not_another_one_s(written):
+    (written / "Ann.yaml").write_text("name: Ann\ndirector: x:1\ntrigger: noise\n")
+    (written / "Bob.yaml").write_text("")
+    made = federation.participant_settings(4, None, "x:1")
+    assert "trigger" not in made["Bob"] and made["Amsterdam"]["trigger"] == "noise"
+
+
 def test_settings_are_no_sections(written):
     with pytest.raises(SystemExit, match="--set trigger.x: trigger has no keys"):
         federation.participant_settings(None, None, "x:1", [(["trigger"], "noise"), (["trigger", "x"], 1)])
