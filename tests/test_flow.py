@@ -311,16 +311,18 @@ import private_attributes
 from openfl.experimental.workflow.interface import Aggregator, Collaborator
 from openfl.experimental.workflow.runtime import LocalRuntime
 
-names, data = json.loads(sys.argv[2]), {"train_samples": 40, "test_samples": 30}
-with contextlib.redirect_stdout(sys.stderr):
-    bring = [functools.partial(private_attributes.participant, n, data | {"index": i}) for i, n in enumerate(names)]
-    participants = [Collaborator(name=n, private_attributes_callable=f) for n, f in zip(names, bring)]
-    config = replace(experiment.demo, rounds=2, local_epochs=1, hidden=16, width=16)
-    flow = experiment.FederatedCrowdGuard(config)
-    flow.runtime = LocalRuntime(Aggregator(name="aggregator"), participants, backend=sys.argv[1], num_actors=2)
-    flow.run()
-with open(f"{sys.argv[1]}.json", "w") as file:
-    json.dump(flow.history, file)
+names, data = json.loads(sys.argv[1]), {"train_samples": 40, "test_samples": 30}
+bring = [functools.partial(private_attributes.participant, n, data | {"index": i}) for i, n in enumerate(names)]
+config, histories = replace(experiment.demo, rounds=2, local_epochs=1, hidden=16, width=16), []
+for backend in ("single_process", "ray"):
+    with contextlib.redirect_stdout(sys.stderr):
+        participants = [Collaborator(name=n, private_attributes_callable=f) for n, f in zip(names, bring)]
+        flow = experiment.FederatedCrowdGuard(config)
+        flow.runtime = LocalRuntime(Aggregator(name="aggregator"), participants, backend=backend, num_actors=2)
+        flow.run()
+    histories.append(flow.history)
+with open("histories.json", "w") as file:
+    json.dump(histories, file)
 """
 
 
@@ -332,14 +334,12 @@ def test_ray_gives_the_same_results(exported, tmp_path):
     paths = os.pathsep.join(map(str, (exported.parent, ROOT / "envoy")))
     environment = os.environ | {"PYTHONPATH": paths, "METAFLOW_USER": "tests", "HOME": str(tmp_path)}
     environment["OMP_NUM_THREADS"] = "1"
-    histories = []
-    for backend in ("single_process", "ray"):
-        command = [sys.executable, "-c", RUN, backend, json.dumps(NAMES)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-        histories.append(without_times(json.loads((tmp_path / f"{backend}.json").read_text())))
-    assert histories[0] == histories[1]
-    assert len(histories[0]) == 2 and all(len(row["votes"]) == 4 for row in histories[0])
+    command = [sys.executable, "-c", RUN, json.dumps(NAMES)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    here, with_ray = map(without_times, json.loads((tmp_path / "histories.json").read_text()))
+    assert here == with_ray
+    assert len(here) == 2 and all(len(row["votes"]) == 4 for row in here)
 
 
 class Normalised(torch.nn.Module):

@@ -66,6 +66,7 @@ def play(tmp_path, monkeypatch):
                     exec(compile(cell.source, cell.id, "exec"), values)
                 if "settings" in cell.metadata.get("tags", []):
                     values["config"] = values["replace_config"](values["config"], **(SMALL | settings))
+                    values["demo"] = values["replace_config"](values["demo"], **SMALL)  # of which the figures may be
                 if net and "def initial_model" in cell.source:
                     values["initial_model"] = net
                 if "import NamedTuple" in cell.source:
@@ -76,12 +77,42 @@ def play(tmp_path, monkeypatch):
     return go
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 40])
-def test_with_any_number_of_participants(play, count):
+@pytest.mark.parametrize(("count", "shown"), [(1, 1), (2, 6), (4, 6), (24, 24)])
+def test_with_any_number_of_participants(play, count, shown):
     names = [f"P{i:03}" for i in range(count)]
-    values, printed = play(names, names[-1:] if count > 1 else (), {"train_samples": 12} if count == 40 else {})
+    values, printed = play(names, names[-1:] if count > 1 else (), {"train_samples": 12} if count == 24 else {})
     assert "The figures show the demo" not in printed
-    assert len(values["names"]) == count
+    assert len(values["names"]) == shown
+
+
+def test_six_share_the_images_of_fewer_than_five_of_whom_one_attacks(private_attributes):
+    cells, values = nbformat.read(ROOT / "FederatedCrowdGuard.ipynb", as_version=4).cells, {}
+    exec(next(cell.source for cell in cells if "def as_six" in cell.source), values)
+
+    def envoys(count, attackers=1, **data):
+        attack, mine = (
+            {"scale": 4, "pdr": 0.3, "accomplices": ["A"]},
+            {"participants": count, "train_samples": 60} | data,
+        )
+        read = [
+            {"name": f"N{i}", "director": "d:1", "data": mine | {"index": i}}
+            | ({"attack": attack} if i < attackers else {})
+            for i in range(count)
+        ]
+        settings = [private_attributes.Settings.model_validate(one) for one in read]
+        return {one.name: one.model_dump(mode="json", exclude={"director"}) for one in settings}
+
+    six = values["as_six"](before := envoys(4))
+    assert [*six] == ["P1", "P2", "P3", "P4", "P5", "P6"] == [mine["name"] for mine in six.values()]
+    assert [mine["data"]["index"] for mine in six.values()] == [*range(6)]
+    assert all(mine["data"]["participants"] == 6 and mine["data"]["train_samples"] == 40 for mine in six.values())
+    assert [mine["attack"] and mine["attack"]["scale"] for mine in six.values()] == [None] * 4 + [1] * 2
+    assert six["P6"]["attack"]["accomplices"] == ["P5", "P6"] and six["P5"]["attack"]["pdr"] == 0.3
+    assert before == envoys(4), "and what was given is as it was"
+    assert len(values["as_six"](envoys(4, train_samples=None))) == 6
+    owners = {name: mine | {"data": mine["data"] | {"folder": f"/data/{name}"}} for name, mine in envoys(4).items()}
+    for as_they_are in (envoys(5), envoys(4, attackers=0), envoys(3, participants=9), owners, {}):
+        assert values["as_six"](as_they_are) is as_they_are
 
 
 def test_a_curve_without_defence_is_of_the_same_attack():
@@ -129,7 +160,7 @@ def test_where_the_participants_do_not_fit_the_figures_show_the_demo(play, chang
 
 def test_all_figures_can_be_of_the_demo(play):
     values, _ = play(classes=3)
-    assert values["names"] == ["Amsterdam", "Bangalore", "Chandler", "Detroit"] and not values["shown"]
+    assert values["names"] == ["P1", "P2", "P3", "P4", "P5", "P6"] and not values["shown"]
 
 
 def test_a_run_that_is_over_before_the_attack_begins_is_told(play):

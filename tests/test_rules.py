@@ -166,8 +166,8 @@ def test_the_default_rule_goes_by_the_size_of_the_effect(experiment, factor):
 def test_in_a_crowd_that_is_scattered_itself_a_small_effect_says_nothing(experiment, scatter, found):
     """Three models at -s, 0 and s, one 0.6 above their mean. For s = 0.25 chance alone reaches 2.01, by hand:
     Student's t at 99 % with two degrees of freedom is 6.965, times s, times the root of 4/3, is 8.042 s."""
-    bound = experiment.prediction_bound(np.array([-scatter, 0, scatter]), experiment.LEAST_EFFECT)
-    assert bound == pytest.approx(max(0.5, 8.042 * scatter), abs=1e-3)
+    margin = experiment.prediction_margin(np.array([-scatter, 0, scatter]), experiment.LEAST_EFFECT)
+    assert margin == pytest.approx(max(0.5, 8.042 * scatter), abs=1e-3)
     assert experiment.outliers(np.array([-scatter, 0, scatter, 0.6]), 1, experiment.LEAST_EFFECT) == found
 
 
