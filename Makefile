@@ -37,7 +37,8 @@ endif
 # Where Python must not write bytecode, each of a hundred processes would compile all that it imports, 8 seconds long.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run notebook export test test-alone test-federation check faults-short faults soak lint clean
+.PHONY: run notebook export test test-alone test-federation check faults-short faults-few soak-few \
+        faults soak lint clean
 
 # With which a run that was stopped goes on, its name is put behind: all that was chosen, here or in the environment.
 CHOICES := PARTICIPANTS MALICIOUS CONFIG SET ENVOY RESULTS
@@ -78,9 +79,14 @@ test-federation: .venv/ready
 check: lint
 	$(PARALLEL) -m "not slow"
 
-# Faults are timed, so they have the machine for themselves.
+# Faults are timed, so they do not run beside the tests; but most of the time both of these wait.
 faults-short: .venv/ready
+	$(MAKE) --jobs 2 faults-few soak-few
+
+faults-few: .venv/ready
 	$(BIN)/pytest --durations=0 tests/live/test_faults.py $(SHORT)
+
+soak-few: .venv/ready
 	SOAK_ROUNDS=8 $(BIN)/pytest tests/live/test_soak.py
 
 faults: .venv/ready

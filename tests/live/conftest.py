@@ -18,12 +18,11 @@ from experimenter import run  # noqa: E402
 def execute(tmp_path_factory):
     """Executes the notebook's exported cells and those that run it on a federation; returns its last output.
 
-    The federation is the one that `local/federation.py` has started this with, or the one of `environment`.
+    `changes` are pieces of the notebook and what stands there instead. The federation is the one that
+    `local/federation.py` has started this with, or the one of `environment`.
     """
 
-    def go(
-        old="", new="", show="flflow.history", environment=None, settings=("rounds=1", "local_epochs=1", "hidden=16")
-    ):
+    def go(changes=None, show="flflow.history", environment=None, settings=("rounds=1", "local_epochs=1", "hidden=16")):
         environment = environment or os.environ
         assert "CROWDGUARD_DIRECTOR" in environment, (
             "this test needs a federation: python local/federation.py -- pytest"
@@ -31,9 +30,10 @@ def execute(tmp_path_factory):
         notebook = run.with_settings(nbformat.read(run.NOTEBOOK, as_version=4), "demo", list(settings))
         wanted = ("workspace", "federation")
         notebook.cells = [c for c in notebook.cells if run.exported(c) or any(run.tagged(c, tag) for tag in wanted)]
-        assert not old or any(old in cell.source for cell in notebook.cells)
-        for cell in notebook.cells:
-            cell.source = cell.source.replace(old, new) if old else cell.source
+        for old, new in (changes or {}).items():
+            assert any(old in cell.source for cell in notebook.cells), old
+            for cell in notebook.cells:
+                cell.source = cell.source.replace(old, new)
         notebook.cells.append(nbformat.v4.new_code_cell(show))
         folder = tmp_path_factory.mktemp("executed")
         source, output = folder / "source.ipynb", folder / "output.ipynb"
