@@ -267,7 +267,7 @@ def draw(seen: dict, path: Path) -> None:
 def test_a_federation_survives_many_rounds_with_faults_and_leaves_nothing_behind(tmp_path, monkeypatch, disk, link):
     results = Path(os.environ.get("SOAK_RESULTS", tmp_path))
     results.mkdir(parents=True, exist_ok=True)
-    temporary, before = tmp_path / "tmp", {*ROOT.iterdir(), ROOT / ".federation"}
+    temporary, before = tmp_path / "tmp", {*ROOT.iterdir(), ROOT / ".federation", ROOT / ".pytest_cache"}
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     host, within = (link.here, {"Chandler": link.within}) if link else ("localhost", {})
@@ -287,7 +287,7 @@ def test_a_federation_survives_many_rounds_with_faults_and_leaves_nothing_behind
     assert [row["round"] for row in rows] == list(range(1, ROUNDS + 1))
     assert processes_of(tmp_path) == []
     assert [path.name for path in temporary.iterdir() if "torchinductor" not in path.name] == [], "but torch's cache"
-    assert {*ROOT.iterdir()} == before and not cluster.folder.exists()
+    assert {*ROOT.iterdir(), ROOT / ".pytest_cache"} == before and not cluster.folder.exists()
     assert all(map(can_be_bound, cluster.ports))
     assert len(seen["disturbed"]["faults"]) >= max(2, ROUNDS // 10)
     if ROUNDS >= FULL:
