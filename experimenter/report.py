@@ -1,20 +1,28 @@
 """The executed notebook as one HTML file that opens without a network: results first, then how they came."""
 
 import html
+import os
 import re
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 
+ROOT = Path(__file__).resolve().parent.parent  # to which the notebook's links are relative
+LINK = re.compile(r"\]\((?!https?:|#)")
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
+# On paper nothing scrolls: lines of code are smaller there, and broken where they are still too long.
+ON_PAPER = "<style>@media print { pre { font-size: 65% !important; white-space: pre-wrap !important } }</style>"
 
 
 def write_report(notebook: Path) -> Path:
     """Writes the report beside the notebook."""
-    arranged = arrange(nbformat.read(notebook, as_version=4))
-    page, _ = HTMLExporter(mathjax_url="", require_js_url="").from_notebook_node(arranged)
+    arranged = arrange(nbformat.read(notebook, as_version=4), os.path.relpath(ROOT, notebook.resolve().parent))
+    exporter = HTMLExporter(mathjax_url="", require_js_url="", exclude_input_prompt=True, exclude_output_prompt=True)
+    page, _ = exporter.from_notebook_node(arranged)
+    page = page.replace("</head>", f"{ON_PAPER}</head>", 1)
     texts = iter(alternatives(arranged))
     page = re.sub(r'alt="No description[^"]*"', lambda _: f'alt="{next(texts)}"', page)
     path = notebook.with_suffix(".html")
@@ -29,8 +37,8 @@ def alternatives(notebook) -> list[str]:
     return [html.escape(picture.get("alt", "")) for picture in pictures]
 
 
-def arrange(notebook):
-    """The notebook's cells with the results after the introduction, and formulas as MathML."""
+def arrange(notebook, root="."):
+    """The notebook's cells with the results after the introduction, formulas as MathML, and links from `root`."""
     front, *sections = split(notebook.cells)
     opening = next((i for i, cell in enumerate(front) if cell.cell_type == "code"), len(front))
     sections.sort(key=lambda cells: title(cells[0]) != "Results")  # stable: the others stay in their order
@@ -39,7 +47,7 @@ def arrange(notebook):
     notebook.cells = [cell for part in parts for cell in part]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = FORMULA.sub(as_mathml, cell.source)
+            cell.source = LINK.sub(f"]({quote(root)}/", FORMULA.sub(as_mathml, cell.source))
     return notebook
 
 

@@ -1,6 +1,7 @@
 """What a run leaves: files, and what the documentation says of them."""
 
 import errno
+import html
 import io
 import json
 import re
@@ -235,9 +236,20 @@ def test_the_report_has_the_results_after_the_introduction():
 def test_the_report_needs_no_network(tmp_path):
     path = tmp_path / "n.ipynb"
     nbformat.write(notebook("# Title", "## One", "with $x_s$ and\n\n$$D = \\frac{a}{b}$$", "costs $5"), path)
-    html = write_report(path).read_text()
-    assert "<math" in html and "<mfrac>" in html and "$x_s$" not in html and "costs $5" in html
-    assert not re.search(r"<(script|link)[^>]+(src|href)=.https?:", html)
+    page = write_report(path).read_text()
+    assert "<math" in page and "<mfrac>" in page and "$x_s$" not in page and "costs $5" in page
+    assert not re.search(r"<(script|link)[^>]+(src|href)=.https?:", page)
+
+
+def test_every_formula_and_link_of_the_notebook_works_in_the_report(tmp_path):
+    made = nbformat.read(ROOT / "FederatedCrowdGuard.ipynb", as_version=4)
+    made.cells = [cell for cell in made.cells if cell.cell_type == "markdown"]
+    nbformat.write(made, tmp_path / "n.ipynb")
+    page = write_report(tmp_path / "n.ipynb").read_text()
+    formulas = re.findall(r"<math.*?</math>", page)
+    assert len(formulas) > 50 and not [formula for formula in formulas if "\\" in html.unescape(formula)]
+    files = [link.partition("#")[0] for link in re.findall(r'<a href="(?!https?:|#)([^"]+)"', page)]
+    assert len(files) > 2 and all((tmp_path / file).is_file() for file in files)
 
 
 def test_every_picture_has_its_text(tmp_path):
