@@ -10,16 +10,22 @@ import nbformat
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 
-ROOT = Path(__file__).resolve().parent.parent  # to which the notebook's links are relative
+from experimenter.run import ANSI, NOISE, NOTEBOOK
+
 LINK = re.compile(r"\]\((?!https?:|#)")
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
 # On paper nothing scrolls: lines of code are smaller there, and broken where they are still too long.
-ON_PAPER = "<style>@media print { pre { font-size: 65% !important; white-space: pre-wrap !important } }</style>"
+ON_PAPER = """<style>@media print {
+pre { font-size: 65% !important; white-space: pre-wrap !important }
+h2, h3 { break-after: avoid }
+.jp-OutputArea-child { break-inside: avoid }
+}</style>"""
 
 
 def write_report(notebook: Path) -> Path:
     """Writes the report beside the notebook."""
-    arranged = arrange(nbformat.read(notebook, as_version=4), os.path.relpath(ROOT, notebook.resolve().parent))
+    root = os.path.relpath(NOTEBOOK.parent, notebook.resolve().parent)  # which the notebook's links start from
+    arranged = arrange(nbformat.read(notebook, as_version=4), root)
     exporter = HTMLExporter(mathjax_url="", require_js_url="", exclude_input_prompt=True, exclude_output_prompt=True)
     page, _ = exporter.from_notebook_node(arranged)
     page = page.replace("</head>", f"{ON_PAPER}</head>", 1)
@@ -38,7 +44,7 @@ def alternatives(notebook) -> list[str]:
 
 
 def arrange(notebook, root="."):
-    """The notebook's cells with the results after the introduction, formulas as MathML, and links from `root`."""
+    """The notebook's cells with the results after the introduction, formulas as MathML, links from `root`; no noise."""
     front, *sections = split(notebook.cells)
     opening = next((i for i, cell in enumerate(front) if cell.cell_type == "code"), len(front))
     sections.sort(key=lambda cells: title(cells[0]) != "Results")  # stable: the others stay in their order
@@ -48,6 +54,10 @@ def arrange(notebook, root="."):
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = LINK.sub(f"]({quote(root)}/", FORMULA.sub(as_mathml, cell.source))
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                lines = output.text.splitlines(keepends=True)
+                output.text = "".join(line for line in lines if not NOISE.match(ANSI.sub("", line)))
     return notebook
 
 
@@ -68,4 +78,5 @@ def title(cell) -> str:
 
 def as_mathml(found: re.Match) -> str:
     block, inline = found.groups()
-    return convert(block or inline, display="block" if block else "inline").replace("\n", " ")
+    formula = convert(block or inline, display="block" if block else "inline").replace("\n", " ")
+    return formula.replace("<mover>", '<mover accent="true">')  # or a tilde floats above its letter

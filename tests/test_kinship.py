@@ -678,7 +678,7 @@ def test_a_participant_started_anew_remembers_the_rounds_before_the_one_it_is_in
     experiment.recall(back, round=4)  # the run goes on from an earlier round
     assert back["past"]["Bob"].tolist() == [3, 3, 3]
     experiment.recall(first, round=3)
-    assert "past" not in first and len([*(tmp_path / "Ann").iterdir()]) == experiment.FILES
+    assert "past" not in first and len([*(tmp_path / "Ann").iterdir()]) == experiment.KEPT_ROUNDS
 
 
 def test_a_damaged_memory_is_told_and_the_one_before_is_used(experiment, tmp_path, caplog):

@@ -167,7 +167,7 @@ def test_where_six_cannot_share_the_images_the_figures_show_the_participants_as_
 
 def test_all_figures_can_be_of_the_demo(play):
     values, _ = play(classes=3)
-    assert values["names"] == ["P1", "P2", "P3", "P4", "P5", "P6"] and not values["shown"]
+    assert values["names"] == ["P1", "P2", "P3", "P4", "P5", "P6"] and not values["same_net"]
 
 
 def test_a_run_that_is_over_before_the_attack_begins_is_told(play):

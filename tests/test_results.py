@@ -241,6 +241,12 @@ def test_the_report_needs_no_network(tmp_path):
     assert not re.search(r"<(script|link)[^>]+(src|href)=.https?:", page)
 
 
+def test_the_report_has_no_noise():
+    said = nbformat.v4.new_output("stream", text='\x1b[94mAggregator step "start" registered\x1b[0m\nround 1 done\n\n')
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("run()", outputs=[said])])
+    assert arrange(made).cells[0].outputs[0].text == "round 1 done\n"
+
+
 def test_every_formula_and_link_of_the_notebook_works_in_the_report(tmp_path):
     made = nbformat.read(ROOT / "FederatedCrowdGuard.ipynb", as_version=4)
     made.cells = [cell for cell in made.cells if cell.cell_type == "markdown"]
