@@ -257,7 +257,8 @@ def main():
 def picture(path: Path, target: Path) -> None:
     """Who is found, a panel a crowd: mean TPR over the seeds, a line for each trigger, a dot for each seed."""
     rows = pd.read_csv(path, keep_default_na=False, na_values=[""]).fillna({"alpha": 0, "evasion": ""})
-    rows = rows[(rows["pdr"] == 0.5) & (rows["scale"] == 1) & rows["evasion"].isin(["", "orthogonal"])]
+    attacked = (rows["attackers"] > 0) & (rows["pdr"] == 0.5) & (rows["scale"] == 1)
+    rows = rows[attacked & rows["evasion"].isin(["", "orthogonal"])]
     rows["kind"] = rows["trigger"] + rows["evasion"].map({"": "", "orthogonal": ", orthogonal"})
     kinds, crowds = (
         sorted(rows["kind"].unique(), key=lambda kind: ("," in kind, kind)),

@@ -161,13 +161,14 @@ def test_nets_without_wide_middle_convolutions_have_no_directions(experiment, sm
 # --- Likeness in function ------------------------------------------------------------------------------------------
 
 
-def test_likeness_is_the_cosine_within_classes(experiment, rng):
+def test_likeness_is_fishers_z_of_the_cosine_within_classes(experiment, rng):
     logits, labels = rng.normal(size=(12, 3, 4)), np.arange(12) % 3
     found = experiment.likeness(logits, labels)
     rows = logits - logits.mean(2, keepdims=True)
     rows = rows - np.stack([rows[labels == label].mean(0) for label in labels])
     a, b = rows[:, 0].ravel(), rows[:, 2].ravel()
-    assert found[0, 2] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    assert np.tanh(found[0, 2]) == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    assert found[0, 0] == pytest.approx(np.arctanh(experiment.MOST_ALIKE))
 
 
 def test_who_says_one_class_more_often_is_like_nobody(experiment):
@@ -230,7 +231,7 @@ def test_a_group_stands_out_where_none_of_its_pairs_does(experiment, rng):
     for _ in range(50):
         pairs = honest_pairs(rng, 10)
         for colluders in ([1, 4], [1, 4, 6, 8]):
-            kinship = pairs + planted(10, colluders, 0, 0.026)  # four standard deviations
+            kinship = pairs + planted(10, colluders, 0, 0.034)  # five standard deviations
             accused = experiment.flagged(experiment.no_evidence(10)._replace(kinship=kinship), 0)
             found[len(colluders)] += accused == set(colluders)
     assert found[2] < 12 and found[4] > 42
