@@ -15,7 +15,7 @@ import nbformat
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experimenter.run import ANSI, NOISE, NOTEBOOK
+from experimenter.run import NOTEBOOK, without_noise
 
 # Lines that differ from run to run, or speak of this machine.
 FLEETING = re.compile(r".*\(\d+ s\)$|run run-\w+ at |no director|/")
@@ -29,8 +29,8 @@ def code_hash(notebook) -> str:
 def lasting(output):
     """The output as it is kept; None if nothing is left of it."""
     if output.output_type == "stream":
-        lines = [ANSI.sub("", line) for line in output.text.splitlines()]
-        output.text = "".join(f"{line}\n" for line in lines if not (NOISE.match(line) or FLEETING.match(line)))
+        lines = without_noise(output.text).splitlines()
+        output.text = "".join(f"{line}\n" for line in lines if not FLEETING.match(line))
         return output if output.text and output.name == "stdout" else None
     if output.output_type == "execute_result":
         output.execution_count = None

@@ -1,16 +1,14 @@
 """The executed notebook as one HTML file that opens without a network: results first, then how they came."""
 
 import html
-import os
 import re
 from pathlib import Path
-from urllib.parse import quote
 
 import nbformat
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 
-from experimenter.run import ANSI, NOISE, NOTEBOOK
+from experimenter.run import NOTEBOOK, without_noise
 
 LINK = re.compile(r"\]\((?!https?:|#)")
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
@@ -24,7 +22,7 @@ h2, h3 { break-after: avoid }
 
 def write_report(notebook: Path) -> Path:
     """Writes the report beside the notebook."""
-    root = os.path.relpath(NOTEBOOK.parent, notebook.resolve().parent)  # which the notebook's links start from
+    root = NOTEBOOK.resolve().parent.as_uri()  # of the notebook's links, wherever the report is moved to
     arranged = arrange(nbformat.read(notebook, as_version=4), root)
     exporter = HTMLExporter(mathjax_url="", require_js_url="", exclude_input_prompt=True, exclude_output_prompt=True)
     page, _ = exporter.from_notebook_node(arranged)
@@ -53,11 +51,12 @@ def arrange(notebook, root="."):
     notebook.cells = [cell for part in parts for cell in part]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = LINK.sub(f"]({quote(root)}/", FORMULA.sub(as_mathml, cell.source))
+            cell.source = LINK.sub(f"]({root}/", FORMULA.sub(as_mathml, cell.source))
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
-                lines = output.text.splitlines(keepends=True)
-                output.text = "".join(line for line in lines if not NOISE.match(ANSI.sub("", line)))
+                output.text = without_noise(output.text)
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("text") != ""]
     return notebook
 
 

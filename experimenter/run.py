@@ -33,6 +33,12 @@ TELL = 20  # seconds between signs of life while the notebook explains
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
+def without_noise(text: str) -> str:
+    """Printed text without colours, empty lines and what OpenFL says at every step."""
+    lines = ANSI.sub("", text).splitlines()
+    return "".join(f"{line}\n" for line in lines if not NOISE.match(line))
+
+
 def tagged(cell, tag: str) -> bool:
     return tag in cell.metadata.get("tags", [])
 

@@ -303,7 +303,7 @@ def test_an_average_that_cannot_be_sent_leaves_the_global_model_as_it_is(experim
 
 
 RUN = """
-import contextlib, functools, json, sys
+import contextlib, functools, gc, json, sys
 from dataclasses import replace
 
 import experiment
@@ -316,6 +316,7 @@ ray.init(include_dashboard=False, num_cpus=2)  # OpenFL would start a dashboard,
 names, data = json.loads(sys.argv[1]), {"train_samples": 40, "test_samples": 30}
 bring = [functools.partial(private_attributes.participant, n, data | {"index": i}) for i, n in enumerate(names)]
 config, histories = replace(experiment.demo, rounds=2, local_epochs=1, hidden=16, width=16), []
+gc.freeze()  # OpenFL collects garbage after every step, and would look through all that is imported
 for backend in ("single_process", "ray"):
     with contextlib.redirect_stdout(sys.stderr):
         participants = [Collaborator(name=n, private_attributes_callable=f) for n, f in zip(names, bring)]

@@ -678,13 +678,12 @@ def test_the_folder_is_complete_on_its_own_and_as_a_package(tmp_path):
     command = [sys.executable, tmp_path / "anywhere" / "start.py", path]
     alone = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert alone.stderr.startswith(f"{path}: trigger: feature does not fit"), alone.stderr
-    code = """import inspect, pickle, sys; from envoy import private_attributes as p
+    code = """import pickle, sys; from envoy import private_attributes as p
 mine = p.participant("A", {"train_samples": 20}, attack={})
 assert "attacks" not in sys.modules and p.SOURCES is sys.modules["envoy.sources"].SOURCES
-assert type(pickle.loads(pickle.dumps(mine["adversary"]))) is p.Backdoor
-print(inspect.getsource(p.add_trigger), inspect.getsource(p.poison))"""
+assert type(pickle.loads(pickle.dumps(mine["adversary"]))) is p.Backdoor"""
     package = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert "def add_trigger" in package.stdout and "def poison" in package.stdout, package.stderr
+    assert package.returncode == 0, package.stderr
 
 
 def test_importing_does_nothing(tmp_path):
