@@ -42,7 +42,7 @@ def alternatives(notebook) -> list[str]:
 
 
 def arrange(notebook, root="."):
-    """The notebook's cells with the results after the introduction, formulas as MathML, links from `root`; no noise."""
+    """The notebook's cells with the results after the introduction, ready to be read; links start from `root`."""
     front, *sections = split(notebook.cells)
     opening = next((i for i, cell in enumerate(front) if cell.cell_type == "code"), len(front))
     sections.sort(key=lambda cells: title(cells[0]) != "Results")  # stable: the others stay in their order
@@ -52,12 +52,17 @@ def arrange(notebook, root="."):
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = LINK.sub(f"]({root}/", FORMULA.sub(as_mathml, cell.source))
-        for output in cell.get("outputs", []):
-            if output.output_type == "stream":
-                output.text = without_noise(output.text)
-        if "outputs" in cell:
-            cell.outputs = [output for output in cell.outputs if output.get("text") != ""]
+        elif cell.cell_type == "code":
+            cell.outputs = without_noisy(cell.outputs)
     return notebook
+
+
+def without_noisy(outputs: list) -> list:
+    """The outputs without noise, and without those that were nothing else."""
+    for output in outputs:
+        if output.output_type == "stream":
+            output.text = without_noise(output.text)
+    return [output for output in outputs if output.get("text") != ""]
 
 
 def split(cells: list) -> list[list]:

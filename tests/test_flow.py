@@ -308,11 +308,9 @@ from dataclasses import replace
 
 import experiment
 import private_attributes
-import ray
 from openfl.experimental.workflow.interface import Aggregator, Collaborator
 from openfl.experimental.workflow.runtime import LocalRuntime
 
-ray.init(include_dashboard=False, num_cpus=2)  # OpenFL would start a dashboard, and a worker for each core
 names, data = json.loads(sys.argv[1]), {"train_samples": 40, "test_samples": 30}
 bring = [functools.partial(private_attributes.participant, n, data | {"index": i}) for i, n in enumerate(names)]
 config, histories = replace(experiment.demo, rounds=2, local_epochs=1, hidden=16, width=16), []
