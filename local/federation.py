@@ -241,8 +241,10 @@ class Federation:
             return probe.connect_ex((host, int(port))) == 0
 
     def about(self) -> str:
-        attackers = ", ".join(name for name, mine in self.settings.items() if "attack" in mine) or "nobody"
-        return f"{len(self.settings)} participants are online; attackers: {attackers}; logs: {self.folder / 'logs'}"
+        attackers = [name for name, mine in self.settings.items() if "attack" in mine]
+        many = ", half or more, who can outvote the others" if 2 * len(attackers) >= len(self.settings) else ""
+        told = f"attackers: {', '.join(attackers) or 'nobody'}{many}"
+        return f"{len(self.settings)} participants are online; {told}; logs: {self.folder / 'logs'}"
 
     def log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.log"

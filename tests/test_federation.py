@@ -221,6 +221,13 @@ def test_wrong_arguments_are_refused_before_anything_starts(launch, arguments, w
     assert running.returncode == 1
 
 
+@pytest.mark.parametrize(("malicious", "told"), [(1, False), (2, True), (3, True)])
+def test_it_is_said_where_the_attackers_can_outvote_the_others(malicious, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(federation.tempfile, "mkdtemp", lambda **_: tmp_path)
+    about = federation.Federation(participants=4, malicious=malicious).about()
+    assert ("half or more" in about) == told
+
+
 @pytest.mark.parametrize(
     "name",
     ["ca", "director", "experimenter", "aggregator", "Director", "../evil", "New York", "", "a" * 65, "ä" * 33, "a\n"],
