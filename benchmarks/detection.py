@@ -30,7 +30,7 @@ from rounds import (
     flat,
     load_images,
     measure,
-    validation_images,
+    validation_loader,
 )
 from scipy import stats
 from tqdm import tqdm
@@ -112,15 +112,14 @@ class Inspected:
 
     def __init__(self, folder: Path, crowd: Crowd, seed: int):
         self.trained = Trained(load_images(folder), crowd, seed)
-        self.images = [validation_images(share, seed, p) for p, share in enumerate(self.trained.shares)]
-        self.skews, self.views = {}, {}
+        self.loaders = [list(validation_loader(share, seed, p)) for p, share in enumerate(self.trained.shares)]
+        self.views = {}
 
     def look(self, validator: int, states: list[dict]):
         models = [experiment.with_state(self.trained.global_model, state) for state in states]
-        origin, (images, more) = self.trained.global_model, self.images[validator]
-        if validator not in self.skews:
-            self.skews[validator] = experiment.class_directions(origin, more)
-        return experiment.look(origin, models, images, "cpu", "paper", self.skews[validator])  # metrics of both rules
+        mine = self.trained.global_model, self.loaders[validator]
+        skew = experiment.class_directions(*mine)
+        return experiment.look(mine[0], models, mine[1], "cpu", "paper", skew)  # with the metrics of both rules
 
     def seen(self, validator: int, setting: Setting, states: list[dict]):
         """What the validator sees of these states; what others have sent in the same role is looked at only once."""

@@ -64,8 +64,7 @@ class Peak(threading.Thread):
 
 
 def crowd_of(experiment, point: Point):
-    """A global model, local models near it of which the last is twice as far away, and images of ten classes: those to
-    inspect, and all by which label skew is taken out."""
+    """A global model, local models near it of which the last is twice as far away, and images of ten classes."""
     config = experiment.Config(hidden=point.hidden, width=point.width)
     origin, models = experiment.initial_model(config), []
     torch.manual_seed(0)
@@ -73,15 +72,12 @@ def crowd_of(experiment, point: Point):
         step = 0.002 if index < point.models - 1 else 0.004
         state = {name: value + step * torch.randn_like(value) for name, value in origin.state_dict().items()}
         models.append(experiment.with_state(origin, state))
-    count = max(point.samples, experiment.SKEW_IMAGES)
-    dataset = torch.utils.data.TensorDataset(torch.randn(count, 3, 32, 32), torch.arange(count) % 10)
-    return origin, models, *experiment.balanced_loaders(dataset, point.samples, experiment.SKEW_IMAGES)
-
-
-def vote(experiment, origin, models, loader, more):
-    """All that a validator computes in a round."""
-    skew = experiment.label_skew(origin, more, "crowd")
-    experiment.validate_models(origin, models, 0, loader, "cpu", skew=skew)
+    images, labels = torch.randn(point.samples, 3, 32, 32), torch.arange(point.samples) % 10
+    return (
+        origin,
+        models,
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=experiment.BATCH),
+    )
 
 
 @torch.no_grad()
@@ -110,12 +106,12 @@ def published(experiment, origin, models, loader):
 def measure(point: Point) -> dict:
     torch.set_num_threads(1)
     experiment = load_experiment()
-    origin, models, loader, more = crowd_of(experiment, point)
+    origin, models, loader = crowd_of(experiment, point)
     run = {
         "bare forward": lambda: bare_forward(origin, models, loader),
         "published": lambda: published(experiment, origin, models, loader),
         "paper": lambda: experiment.validate_models(origin, models, 0, loader, "cpu", "paper"),
-        "crowd": lambda: vote(experiment, origin, models, loader, more),
+        "crowd": lambda: experiment.validate_models(origin, models, 0, loader, "cpu"),
     }[point.way]
     peak = Peak()
     peak.start()

@@ -197,11 +197,11 @@ def shares(images, crowd: Crowd, seed: int) -> list:
     return [share_of(images, pool[part]) for part in parts]
 
 
-def validation_images(share, seed: int, participant: int):
-    """Class-balanced batches on which a participant inspects models, and those by which it takes out label skew."""
+def validation_loader(share, seed: int, participant: int):
+    """The images on which a participant inspects the models, as equally many of each class as there are."""
     torch.manual_seed(10_000 * seed + participant)
-    dataset = private_attributes.as_loader(*share, 64).dataset
-    return [list(loader) for loader in experiment.balanced_loaders(dataset, INSPECTED, experiment.SKEW_IMAGES)]
+    chosen = experiment.balanced_order(share[1].numpy())[:INSPECTED]
+    return private_attributes.as_loader(share[0][chosen], share[1][chosen], 64)
 
 
 def test_images(images):

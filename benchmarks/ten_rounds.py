@@ -29,7 +29,7 @@ from rounds import (
     measure,
     shares,
     train_one,
-    validation_images,
+    validation_loader,
     warm_model,
 )
 from tqdm import tqdm
@@ -59,15 +59,14 @@ def runs(parts, seeds) -> list[tuple]:
     return [(*crowd, d) for crowd in crowds for d in DEFENCES if crowd[1].attackers or d == "crowd"]
 
 
-def ballots(global_model, models, images_of, setting: Setting, pasts: list) -> np.ndarray:
+def ballots(global_model, models, loaders, setting: Setting, pasts: list) -> np.ndarray:
     """Votes `(voter, model)` of one round; `pasts` is what each validator remembers, and is brought up to date."""
     everyone, rows = set(range(len(models))), []
-    for voter, (images, more) in enumerate(images_of):
+    for voter, loader in enumerate(loaders):
         if voter in setting.malicious:
             found = everyone - setting.malicious
         else:
-            skew = experiment.class_directions(global_model, more)
-            seen = experiment.look(global_model, models, images, "cpu", skew=skew)
+            seen = experiment.look(global_model, models, loader, "cpu")
             found = experiment.vote(seen, voter, "crowd", [pasts[voter].get(m, []) for m in range(len(models))])
             directions = {m: [layer[m] for layer in seen.directions] for m in range(len(models))}
             pasts[voter] = experiment.remembered(pasts[voter], directions)
@@ -79,7 +78,7 @@ def play(folder: Path, part: str, setting: Setting, seed: int, defence: str) -> 
     """Ten rounds from the warmed-up model; a row each."""
     images, config = load_images(folder), config_of(setting.crowd)
     model, mine = warm_model(images, setting.crowd), shares(images, setting.crowd, seed)
-    images_of = [validation_images(share, seed, p) for p, share in enumerate(mine)]
+    loaders = [list(validation_loader(share, seed, p)) for p, share in enumerate(mine)]
     rows, pasts, layers = [], [{} for _ in mine], experiment.middle_layers(model)
     for number in range(1, ROUNDS + 1):
         now = replace(setting, attackers=0) if part in PAUSES and number % 2 == 0 else setting
@@ -90,7 +89,7 @@ def play(folder: Path, part: str, setting: Setting, seed: int, defence: str) -> 
         accepted = np.array([defence != "oracle" or m not in setting.malicious for m in range(len(states))])
         if defence == "crowd":
             models = [experiment.with_state(model, state) for state in states]
-            accepted = experiment.stacked_clustering(ballots(model, models, images_of, setting, pasts))
+            accepted = experiment.stacked_clustering(ballots(model, models, loaders, setting, pasts))
         taken = [states[m] for m in np.flatnonzero(accepted)]
         if defence != "plain FedAvg" and taken:
             lengths, _ = experiment.look_at_updates(reference, states, {})

@@ -218,19 +218,6 @@ def test_chunks_of_one_megabyte_change_nothing_but_the_number_of_messages(experi
     assert parts.global_model == whole.global_model
 
 
-def test_label_skew_is_taken_out_by_more_images_than_are_inspected(experiment, run, monkeypatch):
-    seen, label_skew = [], experiment.label_skew
-
-    def counted(global_model, loader, rule):
-        seen.append(len(loader.dataset))
-        return label_skew(global_model, loader, rule)
-
-    monkeypatch.setattr(experiment, "label_skew", counted)
-    monkeypatch.setattr(experiment, "SKEW_IMAGES", 20)
-    run(rounds=1, validation_samples=8)
-    assert seen and {*seen} == {20}
-
-
 def test_a_validator_that_never_decides_is_given_up_and_reported(experiment, run, monkeypatch):
     monkeypatch.setattr(experiment, "inspect_models", lambda *args: experiment.Report())
     row = run(message_mb=1, rounds=1).history[0]

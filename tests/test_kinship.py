@@ -138,35 +138,6 @@ def test_class_gradients_are_those_of_plain_loops(experiment, conv_models, image
         assert left.norm() < 1e-2 * (wanted / wanted.abs().max()).norm()
 
 
-def test_class_gradients_do_not_depend_on_the_order_of_the_images(experiment, conv_models, images):
-    origin, _ = conv_models
-    mixed = images.dataset
-    labels = mixed.tensors[1]
-    by_class = torch.utils.data.DataLoader(torch.utils.data.Subset(mixed, labels.argsort().tolist()), batch_size=7)
-    weights = [origin.eval().get_parameter(name) for name in experiment.middle_layers(origin)]
-    some, others = (experiment.class_gradients(origin, loader, weights) for loader in (images, by_class))
-    assert [*some] == [*others] == labels.unique().tolist()
-    for label in some:
-        for one, other in zip(some[label], others[label], strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("sizes", [(12, 30), (30, 12), (None, 20), (100, 100)])
-def test_of_two_sets_of_images_the_larger_has_all_of_the_smaller(experiment, sizes):
-    labels = torch.tensor([0] * 30 + [1] * 6 + [3] * 4)
-    dataset = torch.utils.data.TensorDataset(torch.arange(40), labels)
-    torch.manual_seed(0)
-    found = [torch.cat([images for images, _ in loader]) for loader in experiment.balanced_loaders(dataset, *sizes)]
-    assert [len(images) for images in found] == [40 if size is None else min(size, 40) for size in sizes]
-    smaller, larger = sorted(found, key=len)
-    assert {*smaller.tolist()} <= {*larger.tolist()} and len({*larger.tolist()}) == len(larger)
-    for images in found:
-        counts = labels[images].bincount()[[0, 1, 3]].tolist()
-        assert counts == np.minimum(counts, [30, 6, 4]).tolist() and labels[images].diff().min() >= 0
-    twelve = labels[smaller].bincount()[[0, 1, 3]].tolist()
-    assert sizes not in [(12, 30), (30, 12)] or twelve == [4, 4, 4]
-
-
 def test_a_projection_is_that_of_plain_algebra_whatever_the_lengths(experiment, rng):
     """A class without a gradient says nothing, one with a tiny gradient as much as others."""
     rows = torch.from_numpy(rng.normal(size=(3, 40))).float() * torch.tensor([[1.0], [0.0], [1e-12]])
@@ -190,14 +161,13 @@ def test_nets_without_wide_middle_convolutions_have_no_directions(experiment, sm
 # --- Likeness in function ------------------------------------------------------------------------------------------
 
 
-def test_likeness_is_fishers_z_of_the_cosine_within_classes(experiment, rng):
+def test_likeness_is_the_cosine_within_classes(experiment, rng):
     logits, labels = rng.normal(size=(12, 3, 4)), np.arange(12) % 3
     found = experiment.likeness(logits, labels)
     rows = logits - logits.mean(2, keepdims=True)
     rows = rows - np.stack([rows[labels == label].mean(0) for label in labels])
     a, b = rows[:, 0].ravel(), rows[:, 2].ravel()
-    assert np.tanh(found[0, 2]) == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-    assert np.tanh(found[0, 0]) == pytest.approx(experiment.MOST_ALIKE), "or a copy would be infinitely alike"
+    assert found[0, 2] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
 def test_who_says_one_class_more_often_is_like_nobody(experiment):
@@ -255,26 +225,12 @@ def test_the_closest_group_is_the_one_among_all(experiment, rng, colluders):
         assert found[0] == pytest.approx(max(every)[0]) and sorted(found[1]) == list(max(every)[1])
 
 
-@pytest.mark.parametrize(
-    ("counts", "equal"), [([13, 13, 13], True), ([20, 7, 13], True), ([20, 6, 14], False), ([20, 20, 0], False)]
-)
-def test_who_has_few_images_of_a_class_asks_for_more_kinship(experiment, rng, counts, equal):
-    least = experiment.least_statistic(np.repeat([0, 1, 2], counts), 3)
-    assert least == (experiment.AMONG_EQUALS if equal else experiment.STANDS_OUT)
-    near = np.zeros((10, 10))
-    near[2, 7] = near[7, 2] = 2.35 * np.sqrt(2 * np.log(45))  # between the two
-    standardised = experiment.no_evidence(10)._replace(kinship=near, least=least)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "standardised", lambda kinship, own: kinship)
-        assert experiment.flagged(standardised, 0) == ({2, 7} if equal else set())
-
-
 def test_a_group_stands_out_where_none_of_its_pairs_does(experiment, rng):
     found = {2: 0, 4: 0}
     for _ in range(50):
         pairs = honest_pairs(rng, 10)
         for colluders in ([1, 4], [1, 4, 6, 8]):
-            kinship = pairs + planted(10, colluders, 0, 0.034)  # five standard deviations
+            kinship = pairs + planted(10, colluders, 0, 0.026)  # four standard deviations
             accused = experiment.flagged(experiment.no_evidence(10)._replace(kinship=kinship), 0)
             found[len(colluders)] += accused == set(colluders)
     assert found[2] < 12 and found[4] > 42
