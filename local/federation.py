@@ -242,7 +242,7 @@ class Federation:
 
     def about(self) -> str:
         attackers = [name for name, mine in self.settings.items() if "attack" in mine]
-        many = ", half or more, who can outvote the others" if 2 * len(attackers) >= len(self.settings) else ""
+        many = " (half or more: they can outvote the others)" if 2 * len(attackers) >= len(self.settings) else ""
         told = f"attackers: {', '.join(attackers) or 'nobody'}{many}"
         return f"{len(self.settings)} participants are online; {told}; logs: {self.folder / 'logs'}"
 

@@ -218,6 +218,30 @@ def test_chunks_of_one_megabyte_change_nothing_but_the_number_of_messages(experi
     assert parts.global_model == whole.global_model
 
 
+def test_every_chunk_is_judged_on_the_same_images_even_if_they_are_drawn(experiment, run, monkeypatch):
+    seen, look, inspected_images = [], experiment.look, experiment.inspected_images
+
+    class Noisy(torch.utils.data.Dataset):
+        def __init__(self, dataset):
+            self.dataset = dataset
+
+        def __len__(self):
+            return len(self.dataset)
+
+        def __getitem__(self, index):
+            image, label = self.dataset[index]
+            return image + torch.randn_like(image), label
+
+    def watched(global_model, models, images, *rest):
+        seen.append(torch.cat([batch for batch, _ in images]).numpy().tobytes())
+        return look(global_model, models, images, *rest)
+
+    monkeypatch.setattr(experiment, "look", watched)
+    monkeypatch.setattr(experiment, "inspected_images", lambda data, samples: inspected_images(Noisy(data), samples))
+    run(rounds=1, width=32, message_mb=1)
+    assert len(seen) > 3 * 4 and len({*seen}) == 4, "a set of images for each of the four participants"
+
+
 def test_a_validator_that_never_decides_is_given_up_and_reported(experiment, run, monkeypatch):
     monkeypatch.setattr(experiment, "inspect_models", lambda *args: experiment.Report())
     row = run(message_mb=1, rounds=1).history[0]

@@ -138,6 +138,19 @@ def test_class_gradients_are_those_of_plain_loops(experiment, conv_models, image
         assert left.norm() < 1e-2 * (wanted / wanted.abs().max()).norm()
 
 
+def test_convolutions_that_are_frozen_or_never_used_cost_nobody_its_vote(experiment, conv_models, images):
+    origin, models = conv_models
+    frozen, *others = experiment.middle_layers(origin)
+    crowd = [copy.deepcopy(model) for model in (origin, *models)]
+    for model in crowd:
+        model.get_parameter(frozen).requires_grad_(False)
+        model.spare = torch.nn.Conv2d(OUTPUTS, OUTPUTS, 3)
+    assert experiment.middle_layers(crowd[0]) == [*others, "spare.weight"]
+    spare = experiment.class_directions(crowd[0], images)["spare.weight"][0]
+    assert not spare.any()
+    assert experiment.vote(experiment.look(crowd[0], crowd[1:], images, "cpu"), 0) == {7, 8, 9}
+
+
 def test_a_projection_is_that_of_plain_algebra_whatever_the_lengths(experiment, rng):
     """A class without a gradient says nothing, one with a tiny gradient as much as others."""
     rows = torch.from_numpy(rng.normal(size=(3, 40))).float() * torch.tensor([[1.0], [0.0], [1e-12]])
@@ -163,11 +176,27 @@ def test_nets_without_wide_middle_convolutions_have_no_directions(experiment, sm
 
 def test_likeness_is_the_cosine_within_classes(experiment, rng):
     logits, labels = rng.normal(size=(12, 3, 4)), np.arange(12) % 3
+    logits[:, 2] += 2 * logits[:, 0]
     found = experiment.likeness(logits, labels)
     rows = logits - logits.mean(2, keepdims=True)
     rows = rows - np.stack([rows[labels == label].mean(0) for label in labels])
     a, b = rows[:, 0].ravel(), rows[:, 2].ravel()
     assert found[0, 2] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_a_colluder_who_does_the_opposite_of_everybody_does_not_hide_the_others(experiment, rng):
+    """It would widen the scatter of the pairs, which is the unit of kinship."""
+    common, own = rng.normal(size=(64, 1, 10)), rng.normal(size=(64, 10, 10))
+    logits, directions = common + own, [np.linalg.qr(rng.normal(size=(10, 128, 4)))[0]]
+    plain, opposite = logits.copy(), logits.copy()
+    opposite[:, 9] = -logits[:, :9].sum(axis=1)
+    seen = experiment.Seen(np.ones((1, 64, 10, 2)), np.arange(64) % 10, plain, np.ones(10), directions)
+    planted_pair = planted(10, [2, 7], 0, 0.1)
+    near = [
+        experiment.standardised(experiment.evidence(seen._replace(logits=added), 0).kinship + planted_pair, 0)[2, 7]
+        for added in (plain, opposite)
+    ]
+    assert near[1] > 0.9 * near[0] > 5
 
 
 def test_who_says_one_class_more_often_is_like_nobody(experiment):
@@ -607,6 +636,14 @@ def test_chunks_of_models_change_nothing(experiment, conv_models, images, sizes)
     np.testing.assert_allclose(parts.logits, whole.logits)
     assert experiment.vote(parts, 3) == experiment.vote(whole, 3) == {7, 8, 9}
     assert experiment.vote(whole.of([3, 7, 8, 0, 1, 2]), 0) == {1, 2}
+
+
+def test_whose_logits_are_no_numbers_is_a_suspect_and_drags_nobody_along(experiment, conv_models, images):
+    """As of a net that scales them behind its last layer."""
+    origin, models = conv_models
+    seen = experiment.look(origin, models, images, "cpu")
+    seen.logits[5, 2] = np.nan
+    assert experiment.vote(seen, 0) == {2, 7, 8, 9}
 
 
 def test_votes_do_not_depend_on_the_order_of_models(experiment, conv_models, images, rng):

@@ -149,6 +149,14 @@ def sequence_first(net, images):
         (nn.Sequential(nn.Flatten(), nn.Linear(12, 7)), r"returns \(2, 7\), not logits \(2, 10\)"),
         (Odd(lambda net, x: (net.a(x.flatten(1)), x), a=nn.Linear(12, 10)), "returns tuple, not logits"),
         (Odd(lambda net, x: x.flatten(1)[:, :10] * 1.0), "no layer that can be inspected"),
+        (
+            Odd(
+                lambda net, x: net.out(net.layer(x).mean((2, 3)).squeeze()),
+                layer=nn.Conv2d(3, 6, 1),
+                out=nn.Linear(6, 10),
+            ),
+            r"returns \(10,\), not logits \(1, 10\)",
+        ),
         (Odd(sequence_first, layer=nn.Linear(3, 6), out=nn.Linear(6, 10)), "net's layer puts out.*the batch must come"),
         (
             Odd(lambda net, x: net.out(net.layer(x.flatten(2))[0].mean(1)), layer=nn.LSTM(4, 6), out=nn.Linear(6, 10)),
