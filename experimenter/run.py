@@ -134,7 +134,8 @@ def execute(notebook, output: Path | None) -> None:
                 "on_cell_start": console.begin,
             }
             quiet = {"progress_bar": False, "extra_arguments": ["--log-level=CRITICAL"]}  # of the kernel
-            papermill.execute_notebook(copy, running, cwd=NOTEBOOK.parent, **shown, **quiet)
+            whole = {"coalesce_streams": True}  # or chance decides which lines of a cell are one output
+            papermill.execute_notebook(copy, running, cwd=NOTEBOOK.parent, **shown, **quiet, **whole)
         except papermill.PapermillExecutionError as error:
             words = OPENFL.sub("", f"{error.ename}: {error.evalue}")
             raise SystemExit(f"{words}\nsee In [{error.exec_count}] of {running or NOTEBOOK}") from None
