@@ -145,10 +145,19 @@ def test_convolutions_that_are_frozen_or_never_used_cost_nobody_its_vote(experim
     for model in crowd:
         model.get_parameter(frozen).requires_grad_(False)
         model.spare = torch.nn.Conv2d(OUTPUTS, OUTPUTS, 3)
+        model.spare.load_state_dict(crowd[0].spare.state_dict())  # nobody trains it
     assert experiment.middle_layers(crowd[0]) == [*others, "spare.weight"]
-    spare = experiment.class_directions(crowd[0], images)["spare.weight"][0]
-    assert not spare.any()
-    assert experiment.vote(experiment.look(crowd[0], crowd[1:], images, "cpu"), 0) == {7, 8, 9}
+    assert not experiment.class_directions(crowd[0], images)["spare.weight"][0].any()
+    seen = experiment.look(crowd[0], crowd[1:], images, "cpu")
+    assert experiment.vote(seen, 0) == {7, 8, 9}
+    used = experiment.overlap(seen.directions[:-1], seen.directions[:-1])
+    np.testing.assert_allclose(experiment.overlap(seen.directions, seen.directions), used)
+    assert used.diagonal().min() > experiment.COPY, "a copy is known as one"
+
+
+def test_where_nobody_has_moved_nobody_is_alike(experiment):
+    still = [np.zeros((3, OUTPUTS, experiment.RANK))] * 2
+    assert not experiment.overlap(still, still).any()
 
 
 def test_a_projection_is_that_of_plain_algebra_whatever_the_lengths(experiment, rng):
