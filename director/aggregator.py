@@ -22,9 +22,11 @@
 | `history`, `current` of the flow before its first step | those of the run that it continues |
 | the state that the notebook gets | `history`, `traffic`, `error` (None if all went well), and the model's bytes |
 
-A participant's `memory`, one of its private attributes, names the `folder` in which the run may keep something there.
-The flow logs to `LOGGER`; the director shows the notebook what is logged there. At the envoy `take_task(message)` of
-the flow reads what `pack_task` has written, and the flow's step leaves its answer in `report`.
+Of a participant's `memory`, one of its private attributes, `past`, arrays by name, is what must outlive its process:
+the envoy keeps it on its own disk when a step has put another there, by the `round` of the flow's `task`, and brings
+back that of the round before. The flow logs to `LOGGER`; the director shows the notebook what is logged there. At the
+envoy `take_task(message)` of the flow reads what `pack_task` has written, and the flow's step leaves its answer in
+`report`.
 """
 
 import asyncio
@@ -47,7 +49,7 @@ from openfl.experimental.workflow.protocols import aggregator_pb2, aggregator_pb
 from openfl.experimental.workflow.transport import AggregatorGRPCServer
 from openfl.protocols import base_pb2
 
-PROTOCOL = 4  # 1 was OpenFL's own: pickles
+PROTOCOL = 5  # 1 was OpenFL's own: pickles
 LOGGER = "FederatedCrowdGuard"
 LONGEST_REASON = 300  # characters of what a participant says went wrong
 WAIT = 5  # seconds a participant's question for a task may wait for one; it asks again

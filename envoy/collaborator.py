@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 from channel import PROTOCOL, Identity, open_channel
+from memory import keep, recall
 from openfl.experimental.workflow.component.envoy import envoy
 from openfl.experimental.workflow.federated import Plan
 from openfl.experimental.workflow.protocols import aggregator_pb2, aggregator_pb2_grpc, director_pb2, director_pb2_grpc
@@ -87,10 +88,12 @@ class Collaborator:
         new_flow: makes a flow.
         private: the participant's private attributes, which a flow finds on itself; or a text that says why there are
             none, which is then the answer to every task.
+        folder: where it keeps what it remembers over the rounds, `memory["past"]`.
     """
 
-    def __init__(self, name: str, client: AggregatorClient, new_flow, private: dict | str):
-        self.name, self.client, self.new_flow, self.private = name, client, new_flow, private
+    def __init__(self, name: str, client: AggregatorClient, new_flow, private: dict | str, folder: Path):
+        self.name, self.client, self.new_flow, self.private, self.folder = name, client, new_flow, private, folder
+        self.recalled = None
 
     def run(self) -> None:
         """Asks for tasks and answers them until the experiment is over."""
@@ -102,7 +105,7 @@ class Collaborator:
             try:
                 flow = self.read(task)
                 del task  # up to all the others' models
-                getattr(flow, step)()
+                self.take(flow, step)
                 report, failure = flow.report, ""
             except Exception as error:
                 log.exception("%s failed", step)
@@ -120,6 +123,16 @@ class Collaborator:
         flow.input, flow.runtime = self.name, FederatedRuntime()
         vars(flow).update(self.private)
         return flow
+
+    def take(self, flow, step: str) -> None:
+        """Takes a step; what is remembered since is on the disk before it is answered."""
+        memory, round = self.private["memory"], flow.task.round
+        if memory.get("past") is self.recalled:  # nothing of its own since it was started
+            memory["past"] = self.recalled = recall(self.folder, round)
+        before = memory["past"]
+        getattr(flow, step)()
+        if memory["past"] is not before:
+            keep(self.folder, memory["past"], round)
 
 
 class DirectorClient(EnvoyDirectorClient):
@@ -214,17 +227,17 @@ class Participant(envoy.Envoy):
         Collaborator(self.name, client, *self.prepare(plan)).run()
 
     def prepare(self, plan):
-        """The flow's class and the private attributes; instead of these, why they are not there."""
+        """The flow's class, the private attributes, or instead of both why they are not there, and a folder."""
+        contract = plan.config.get("contract") or {}
+        folder = self.runs / self.name / str(contract.get("run"))
         try:
-            number = (plan.config.get("contract") or {}).get("protocol")
+            number = contract.get("protocol")
             if number != PROTOCOL:
                 raise ValueError(f"the experiment speaks protocol {number} and envoy/ {PROTOCOL}: update the older one")
-            flow, own = load_flow(plan), self.bring()
-            own["memory"]["folder"] = self.runs / self.name / plan.config["contract"]["run"]
-            return flow, own
+            return load_flow(plan), {"memory": {}} | self.bring(), folder
         except (Exception, SystemExit) as error:  # a setting that does not fit, or code that calls exit
             log.exception("cannot take part")
-            return None, f"cannot take part: {type(error).__name__}: {error}"
+            return None, f"cannot take part: {type(error).__name__}: {error}", folder
 
 
 def load_flow(plan):

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
+import numpy as np
 import pytest
 from conftest import ROOT, load_module
 
@@ -42,15 +43,26 @@ class Flow:
         return {"train": None}[step]
 
     def take_task(self, message):
-        self.task = message.decode()
+        self.task = SimpleNamespace(round=1, words=message.decode())
 
     def train(self):
-        self.report = f"{self.task} of {self.input} with {self.data}".encode()
+        self.report = f"{self.task.words} of {self.input} with {self.data}".encode()
 
 
-def test_tasks_are_answered_one_after_the_other_until_it_is_over(collaborator):
+@pytest.fixture
+def take_part(collaborator, tmp_path):
+    """Takes part in an experiment with a client's tasks."""
+
+    def run(client, flow=Flow, private=None):
+        private = {"data": "images", "memory": {}} if private is None else private
+        collaborator.Collaborator("Amsterdam", client, flow, private, tmp_path / "kept").run()
+
+    return run
+
+
+def test_tasks_are_answered_one_after_the_other_until_it_is_over(take_part):
     client = Client(task("train", 1), task(), task("train", 2, message=b"another"))
-    collaborator.Collaborator("Amsterdam", client, Flow, {"data": "images"}).run()
+    take_part(client)
     reports = [b"task of Amsterdam with images", b"another of Amsterdam with images"]
     assert client.answers == [(1, reports[0], ""), (2, reports[1], "")]
 
@@ -63,16 +75,16 @@ def test_tasks_are_answered_one_after_the_other_until_it_is_over(collaborator):
         (task("no such step", 1), "no such step: KeyError"),
     ],
 )
-def test_a_task_that_is_none_is_answered_with_the_reason(collaborator, asked, words):
+def test_a_task_that_is_none_is_answered_with_the_reason(take_part, asked, words):
     client = Client(asked)
-    collaborator.Collaborator("Amsterdam", client, Flow, {"data": "images"}).run()
+    take_part(client)
     [(number, report, failure)] = client.answers
     assert (number, report) == (1, b"") and failure.startswith(words)
 
 
-def test_a_step_that_raises_is_answered_with_the_reason_and_the_next_task_is_taken(collaborator):
+def test_a_step_that_raises_is_answered_with_the_reason_and_the_next_task_is_taken(take_part):
     client = Client(task("train", 1), task("train", 2))
-    collaborator.Collaborator("Amsterdam", client, Flow, {}).run()
+    take_part(client, private={"memory": {}})
     assert [(number, failure.split(":")[1]) for number, _, failure in client.answers] == [
         (1, " AttributeError"),
         (2, " AttributeError"),
@@ -87,7 +99,7 @@ def participant(collaborator):
     return made
 
 
-def plan(protocol=4):
+def plan(protocol=5):
     return SimpleNamespace(
         config={"contract": {"protocol": protocol, "run": "one"}, "federated_flow": {"template": "src.flow.Flow"}}
     )
@@ -108,18 +120,18 @@ def workspace(tmp_path, monkeypatch):
 def test_every_experiment_runs_its_own_code(participant, workspace):
     for number in (1, 2):
         workspace.write_text(f"class Flow:\n    number = {number}\n" + "#" * number)
-        flow, private = participant.prepare(plan())
+        flow, private, folder = participant.prepare(plan())
         assert flow.number == number
-        assert private == {"data": "images", "memory": {"folder": Path("runs/Amsterdam/one")}}
+        assert private == {"data": "images", "memory": {}} and folder == Path("runs/Amsterdam/one")
 
 
-@pytest.mark.parametrize("protocol", [1, 2, 3, None])
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, None])
 def test_an_envoy_of_another_protocol_says_so_in_every_answer(collaborator, participant, workspace, protocol):
     workspace.write_text("raise SystemExit('must not run')")
     client = Client(task("train", 1))
     collaborator.Collaborator("Amsterdam", client, *participant.prepare(plan(protocol))).run()
     [(_, report, failure)] = client.answers
-    assert report == b"" and f"the experiment speaks protocol {protocol} and envoy/ 4" in failure
+    assert report == b"" and f"the experiment speaks protocol {protocol} and envoy/ 5" in failure
 
 
 @pytest.mark.parametrize(
@@ -221,3 +233,92 @@ def test_certificates_that_are_away_for_a_while_do_not_end_the_heartbeat(collabo
     monkeypatch.setattr(collaborator.DirectorClient, "connect", connect)
     client = collaborator.DirectorClient("localhost:1", "Amsterdam", None)
     assert client.send_health_check("Amsterdam", False) == collaborator.PAUSE and "no heartbeat: ca.crt" in caplog.text
+
+
+class Remembering(Flow):
+    """A flow with a step after which the participant remembers the rounds so far."""
+
+    def after(self, step):
+        return {"vote": None, "measure": None}[step]
+
+    def take_task(self, message):
+        self.task = SimpleNamespace(round=int(message))
+
+    def vote(self):
+        past = self.memory["past"].get("Bob", np.zeros(0))
+        self.memory["past"] = {"Bob": np.append(past, self.task.round)}
+        self.report = b""
+
+    def measure(self):
+        self.report = repr(self.memory["past"].get("Bob", np.zeros(0)).tolist()).encode()
+
+
+def in_round(step, round):
+    return task(step, message=str(round).encode())
+
+
+def remembered(take_part, round, flow=Remembering):
+    """What a participant that is started anew in this round remembers."""
+    take_part(client := Client(in_round("measure", round)), flow, {"memory": {}})
+    return client.answers[0][1].decode()
+
+
+def test_a_participant_started_anew_remembers_the_rounds_before_the_one_it_is_in(take_part, tmp_path):
+    take_part(Client(*(in_round("vote", round) for round in range(1, 6))), Remembering, {"memory": {}})
+    assert remembered(take_part, 6) == "[1.0, 2.0, 3.0, 4.0, 5.0]"
+    assert remembered(take_part, 4) == "[1.0, 2.0, 3.0]", "the run goes on from an earlier round"
+    assert remembered(take_part, 3) == "[]", "no more than three rounds are kept"
+
+
+def test_who_is_started_anew_between_a_vote_and_the_next_round_has_forgotten_neither(take_part):
+    take_part(Client(in_round("vote", 1), in_round("vote", 2)), Remembering, {"memory": {}})
+    client = Client(in_round("measure", 2), in_round("vote", 3), in_round("measure", 3))
+    take_part(client, Remembering, {"memory": {}})
+    assert client.answers[-1][1] == b"[1.0, 2.0, 3.0]"
+
+
+def test_a_damaged_memory_is_told_and_the_one_before_is_used(take_part, tmp_path, caplog):
+    take_part(Client(in_round("vote", 9999), in_round("vote", 10_000)), Remembering, {"memory": {}})
+    (last := max((tmp_path / "kept").iterdir())).write_bytes(last.read_bytes()[:20])
+    assert remembered(take_part, 10_001) == "[9999.0]" and "cannot be read" in caplog.text
+
+
+class Odd(Remembering):
+    def vote(self):
+        self.memory["past"], self.report = {"Bob": "no array"}, b"voted"
+
+
+@pytest.mark.parametrize("flow", [Remembering, Odd])
+def test_what_cannot_be_kept_is_told_and_the_run_goes_on(take_part, tmp_path, caplog, flow):
+    if flow is Remembering:
+        (tmp_path / "kept").write_text("no folder")
+    take_part(client := Client(in_round("vote", 1)), flow, {"memory": {}})
+    assert "cannot be kept" in caplog.text and client.answers[0][2] == ""
+
+
+def test_a_run_that_goes_on_from_an_earlier_round_forgets_the_later_ones(take_part):
+    take_part(Client(*(in_round("vote", round) for round in range(1, 9))), Remembering, {"memory": {}})
+    take_part(Client(in_round("measure", 7), in_round("vote", 7)), Remembering, {"memory": {}})
+    assert remembered(take_part, 9) == "[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]", "8 was in a run that is given up"
+
+
+def test_so_does_one_that_goes_on_from_far_before(take_part):
+    take_part(Client(*(in_round("vote", round) for round in range(1, 13))), Remembering, {"memory": {}})
+    take_part(Client(in_round("vote", 5), in_round("vote", 6)), Remembering, {"memory": {}})
+    assert remembered(take_part, 8) == "[5.0, 6.0]"
+
+
+class Transposed(Remembering):
+    def vote(self):
+        self.memory["past"], self.report = {"Bob": np.arange(6).reshape(2, 3).T}, b""
+
+
+def test_arrays_in_any_order_come_back_as_they_were(take_part):
+    take_part(Client(in_round("vote", 1)), Transposed, {"memory": {}})
+    assert remembered(take_part, 2) == "[[0, 3], [1, 4], [2, 5]]"
+
+
+def test_a_folder_that_cannot_be_read_is_told_and_the_run_goes_on(collaborator, caplog):
+    client = Client(in_round("measure", 1))
+    collaborator.Collaborator("Amsterdam", client, Remembering, {"memory": {}}, Path("n" * 300)).run()
+    assert client.answers == [(0, b"[]", "")] and "cannot be read" in caplog.text

@@ -416,3 +416,20 @@ def test_who_numbers_the_classes_otherwise_is_left_out(run):
     names = {name: {"classes": ["ant", "bee"] if name != "Detroit" else ["bee", "ant"]} for name in NAMES}
     failed = run(names, rounds=1).history[0]["failed"]
     assert failed.keys() == {"Detroit"} and "bee/ant" in failed["Detroit"]
+
+
+def test_what_a_participant_lacks_is_its_failure(experiment, private_attributes):
+    flow = experiment.FederatedCrowdGuard(experiment.demo)
+    flow.task, flow.input, flow.memory, flow.device, flow.train_loader = experiment.Task(1), "Eve", {}, "cpu", []
+    report = experiment.report_errors(flow, experiment.local_update, "train_loader", "adversary")
+    assert "adversary" in experiment.unpack_report(report).failure
+
+
+def test_an_aggregation_that_forgets_a_tensor_ends_the_run_and_says_which(experiment, run, monkeypatch):
+    def forgetful(states, reference):
+        state = experiment.fed_avg([*states.values()])
+        return [*states], {name: value for name, value in state.items() if name != "classifier.1.bias"}
+
+    monkeypatch.setitem(experiment.AGGREGATIONS, "FedAvg", forgetful)
+    with pytest.raises(experiment.Unfit, match=r"what the aggregation FedAvg returns .* differs in classifier.1.bias"):
+        run(aggregation="FedAvg", rounds=1)

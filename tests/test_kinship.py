@@ -242,12 +242,14 @@ def test_the_statistic_is_that_of_its_definition(experiment, rng):
         np.testing.assert_allclose(experiment.standardised(kinship, own), (kinship - level) / scatter)
     near = (kinship - np.median(pairs)) / scatter
     expected = (near[1, 4] + near[1, 6] + near[4, 6]) / np.sqrt(2 * 3 * np.log(math.comb(9, 3)))
-    grown = list(experiment.grown(near, (1, 4), 9 // 2))
+    grown = list(experiment.grown(near, np.array([[1, 4], [2, 7]]), 9 // 2))
     assert experiment.scan_statistic(near[1, 4] + near[1, 6] + near[4, 6], 3, 9) == pytest.approx(expected)
-    assert [len(group) for _, group in grown] == [2, 3, 4] and all(group[:2] == [1, 4] for _, group in grown)
-    for statistic, group in grown:
-        total = sum(near[pair] for pair in itertools.combinations(group, 2))
-        assert statistic == pytest.approx(experiment.scan_statistic(total, len(group), 9))
+    for size, (statistics, groups) in enumerate(grown, 2):
+        assert groups[0, [1, 4]].all() and groups[1, [2, 7]].all() and (groups.sum(axis=1) == size).all()
+        for statistic, group in zip(statistics, groups, strict=True):
+            total = sum(near[pair] for pair in itertools.combinations(np.flatnonzero(group), 2))
+            assert statistic == pytest.approx(experiment.scan_statistic(total, size, 9))
+    assert len(grown) == 3
 
 
 @pytest.mark.parametrize("colluders", [[3, 8], [0, 2, 5], [1, 4, 6, 9]])
@@ -487,6 +489,19 @@ def test_what_was_sent_before_is_compared_with_each_update(experiment, rng):
         assert found[m, n] == pytest.approx(np.mean(pairs))
 
 
+def test_who_has_moved_one_layer_alone_resembles_no_more_than_that(experiment, rng):
+    """A member that learns a victim's directions in one of three layers does not make the victim its copier."""
+    directions = [np.linalg.qr(rng.normal(size=(3, OUTPUTS, RANK)))[0] for _ in range(3)]
+    victim, nothing = directions[0][1], np.zeros((OUTPUTS, RANK))
+    past = [
+        [],
+        np.concatenate([layer[1] for layer in directions])[None],
+        np.concatenate([victim, nothing, nothing])[None],
+    ]
+    found, _ = experiment.over_rounds(directions, past)
+    assert found[1, 2] == pytest.approx((1 - RANK / OUTPUTS) / 3)
+
+
 # --- Kinship over rounds --------------------------------------------------------------------------------------------
 
 
@@ -711,34 +726,3 @@ def test_evidence_is_the_same_for_a_rule_of_ones_own(experiment, conv_models, im
 def test_own_model_alone(experiment, conv_models, images):
     origin, models = conv_models
     assert experiment.validate_models(origin, models[:1], 0, images, "cpu") == []
-
-
-def test_a_participant_started_anew_remembers_the_rounds_before_the_one_it_is_in(experiment, tmp_path):
-    for round in range(1, 6):
-        experiment.keep_memory({"folder": tmp_path / "Ann", "past": {"Bob": np.full(3, round)}}, round)
-    anew, back, first = ({"folder": tmp_path / "Ann"} for _ in range(3))
-    experiment.recall(anew, round=6)
-    assert anew["past"]["Bob"].tolist() == [5, 5, 5]
-    experiment.recall(anew, round=4)
-    assert anew["past"]["Bob"].tolist() == [5, 5, 5], "what it knows already stays"
-    experiment.recall(back, round=4)  # the run goes on from an earlier round
-    assert back["past"]["Bob"].tolist() == [3, 3, 3]
-    experiment.recall(first, round=3)
-    assert "past" not in first and len([*(tmp_path / "Ann").iterdir()]) == experiment.KEPT_ROUNDS
-
-
-def test_a_damaged_memory_is_told_and_the_one_before_is_used(experiment, tmp_path, caplog):
-    for round in (9999, 10_000):
-        experiment.keep_memory(
-            {"folder": tmp_path, "past": {"file": np.full(3, round)}}, round
-        )  # a name like any other
-    (last := max(tmp_path.iterdir())).write_bytes(last.read_bytes()[:20])
-    anew = {"folder": tmp_path}
-    experiment.recall(anew, round=10_001)
-    assert anew["past"]["file"].tolist() == [9999] * 3 and "cannot be read" in caplog.text
-
-
-def test_without_a_disk_the_run_goes_on(experiment, tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    experiment.keep_memory({"folder": tmp_path / "file" / "Ann", "past": {}}, 1)
-    assert "cannot be kept" in caplog.text

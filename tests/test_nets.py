@@ -146,7 +146,7 @@ def sequence_first(net, images):
 @pytest.mark.parametrize(
     ("net", "words"),
     [
-        (nn.Sequential(nn.Flatten(), nn.Linear(12, 7)), r"returns \(2, 7\), not logits \(2, 10\)"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(12, 7)), r"returns \(1, 7\), not logits \(1, 10\)"),
         (Odd(lambda net, x: (net.a(x.flatten(1)), x), a=nn.Linear(12, 10)), "returns tuple, not logits"),
         (Odd(lambda net, x: x.flatten(1)[:, :10] * 1.0), "no layer that can be inspected"),
         (
@@ -180,6 +180,33 @@ def test_what_a_net_puts_out_is_checked_before_it_is_trained(experiment, net, wo
         assert experiment.dry_pass(net, batch(""), 10) == ["layer", "out"]
 
 
+def sometimes(net, images):
+    """Another layer for batches of three."""
+    hidden = net.a(images.flatten(1))
+    return net.out(net.b(hidden) if len(images) == 3 else hidden)
+
+
+def overwrites_its_input(net, images):
+    images -= 0.5
+    return net.a(images.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("net", "words"),
+    [
+        (Odd(sometimes, a=nn.Linear(12, 8), b=nn.Linear(8, 8), out=nn.Linear(8, 10)), "calls other layers for other"),
+        (Odd(overwrites_its_input, a=nn.Linear(12, 10)), "net's a puts out something else the second time"),
+        (
+            Odd(lambda net, x: net.a(nn.functional.dropout(x.flatten(1))), a=nn.Linear(12, 10)),
+            "net's a puts out something else the second time",
+        ),
+    ],
+)
+def test_what_depends_on_more_than_the_image_is_told(experiment, net, words):
+    with pytest.raises(experiment.Unfit, match=words):
+        experiment.dry_pass(net, batch(""), 10)
+
+
 def test_rows_that_are_no_images_are_told_even_if_their_number_fits(experiment):
     """32 time steps of 32 images: by shapes alone nothing is wrong."""
     net = Odd(
@@ -210,7 +237,10 @@ def test_a_layer_that_is_never_called_is_named(experiment, net, caplog):
     [
         (lambda: nn.Sequential(nn.LazyLinear(8)), "0.weight has no shape before the first pass"),
         (lambda: with_buffer(torch.tensor([1.0, float("nan")])), "net's table is not finite"),
-        (lambda: Odd(None, w=nn.Parameter(torch.ones(2, dtype=torch.complex64))), "net's w is a parameter of type"),
+        (
+            lambda: Odd(None, w=nn.Parameter(torch.ones(2, dtype=torch.complex64))),
+            "net's w has the type torch.complex64",
+        ),
         (lambda: Odd(None, w=nn.Parameter(torch.tensor([torch.inf]))), "net's w is not finite"),
     ],
 )
@@ -225,7 +255,7 @@ def test_tensors_that_cannot_be_averaged_are_named(experiment, net, words):
 def test_a_run_goes_on_with_the_net_that_it_had(experiment, kept, differs):
     now, before = (nn.Sequential(*(nn.Linear(4, size) for size in sizes)).state_dict() for sizes in ([4, 4], kept))
     with pytest.raises(experiment.Unfit, match=f"differs in {differs}") if differs else contextlib.nullcontext():
-        experiment.check_kept(now, before)
+        experiment.check_same(now, before, "the run that shall go on")
 
 
 def test_extra_state_is_named(experiment):
@@ -351,10 +381,150 @@ def test_tensors_that_share_memory_travel(experiment):
     net[1].weight = net[0].weight
     packed = experiment.load(experiment.pack_model(net.state_dict()))
     assert packed.keys() == net.state_dict().keys()
-    assert experiment.buffers(net) == {"a", "b"}, "a tied weight is learned under both names"
+    assert experiment.buffers(net) == {"a": True, "b": True}, "a tied weight is learned under both names"
 
 
 def test_as_many_outputs_are_compared_as_by_the_published_implementation(experiment):
     outputs = experiment.recorded(experiment.Net(), torch.zeros(1, 3, 32, 32))[0]
     assert [len(output) for output in outputs] == [1] * 8
     assert sum(output.shape[1] for output in outputs) == 51_210
+
+
+# --- Weights that torch makes of others ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_layers_with_parametrized_weights_are_inspected_and_compared(experiment, norm):
+    net = nn.Sequential(
+        norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), norm(nn.Conv2d(4, 64, 3)), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10)
+    )
+    net(torch.zeros(1, 3, 8, 8))
+    experiment.check_net(net)
+    assert experiment.dry_pass(net, torch.randn(3, 3, 8, 8), 10) == ["0", "2", "5"]
+    [name] = experiment.middle_layers(net)
+    assert name.startswith("2.") and net.get_parameter(name).shape == (64, 4, 3, 3)
+    loader = [(torch.randn(20, 3, 8, 8), torch.arange(20) % 10)]
+    models = [copy.deepcopy(net) for _ in range(5)]
+    for model in models:
+        experiment.train(model, loader, experiment.demo, "cpu")
+    assert experiment.look(net, models, loader, "cpu").directions[0].any()
+
+
+def test_layers_with_sublayers_are_named(experiment, caplog):
+    class Adapted(nn.Module):
+        """A linear layer with a low-rank addition."""
+
+        def __init__(self):
+            super().__init__()
+            self.base, self.a, self.b = (
+                nn.Linear(12, 10),
+                nn.Parameter(torch.ones(12, 2)),
+                nn.Parameter(torch.ones(2, 10)),
+            )
+
+        def forward(self, images):
+            return self.base(images.flatten(1)) + images.flatten(1) @ self.a @ self.b
+
+    with caplog.at_level("INFO", logger=experiment.log.name):
+        experiment.check_data(nn.Sequential(Adapted()), [(batch(""), torch.arange(20) % 10)], 10)
+    assert "not inspected, since they have sublayers" in caplog.text and caplog.text.strip().endswith(": 0")
+
+
+# --- What is frozen -----------------------------------------------------------------------------------------------
+
+
+def test_frozen_parameters_do_not_travel_and_may_not_change(experiment):
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    net[0].weight.requires_grad_(False)
+    reference, others = net.state_dict(), experiment.buffers(net)
+    moved = {name: value + 1 for name, value in reference.items()}
+    honest = experiment.pack_update(moved | {"0.weight": reference["0.weight"]}, reference, "float32", others)
+    assert "0.weight" not in experiment.load(honest)
+    arrived = experiment.unpack_update(honest, reference, others)
+    assert torch.equal(arrived["0.weight"], reference["0.weight"]) and not torch.equal(arrived["0.bias"], net[0].bias)
+    with pytest.raises(ValueError, match="update of 0.weight changes what cannot be learned"):
+        experiment.unpack_update(experiment.pack_update(moved, reference, "float32", others), reference, others)
+
+
+def test_an_attacker_changes_what_is_learned_and_nothing_else(experiment):
+    class Noisy:
+        def update(self, round, local, reference):
+            return {name: value + torch.randn_like(value) for name, value in local.items()}
+
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    state, others = net.state_dict(), experiment.buffers(net)
+    sent = experiment.sent_state(Noisy(), 1, state, state, others)
+    assert {name for name in state if not torch.equal(sent[name], state[name])} == state.keys() - others.keys()
+
+
+# --- Nets and data of which no round could make anything ----------------------------------------------------------
+
+
+def tuple_in_training(net, images):
+    logits = net.a(images.flatten(1))
+    return (logits, logits) if net.training else logits
+
+
+def counts(net, images):
+    if net.training:
+        net.seen += 1
+    return net.a(images.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("net", "labels", "words"),
+    [
+        (Odd(tuple_in_training, a=nn.Linear(12, 10)), torch.arange(20) % 10, "cannot be trained and sent: TypeError"),
+        (with_buffer(torch.tensor(0)), torch.arange(20, dtype=torch.int32) % 10, "cannot be trained and sent"),
+        (None, torch.arange(20) % 10, "seen changes what cannot be learned"),
+    ],
+)
+def test_a_net_that_cannot_be_trained_is_told_before(experiment, net, labels, words):
+    if net is None:
+        net = Odd(counts, a=nn.Linear(12, 10))
+        net.register_buffer("seen", torch.tensor(0))
+    with pytest.raises(experiment.Unfit, match=words):
+        experiment.check_training(net, (batch(""), labels), experiment.demo, "cpu")
+
+
+def test_a_disk_that_fails_is_not_the_nets_fault(experiment):
+    def broken(net, images):
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        experiment.check_training(
+            Odd(broken, a=nn.Linear(12, 10)), (batch(""), torch.arange(20) % 10), experiment.demo, "cpu"
+        )
+
+
+@pytest.mark.parametrize(
+    ("net", "words"),
+    [
+        (lambda: with_buffer(torch.zeros(2, dtype=torch.complex128)), "cannot be copied and sent"),
+        (lambda: with_buffer(torch.zeros(2).to(torch.float8_e4m3fn)), "net's table has the type torch.float8_e4m3fn"),
+        (lambda: Odd(None, w=nn.Parameter(torch.ones(2)), twice=Uncopied()), "cannot be copied and sent"),
+    ],
+)
+def test_a_net_that_cannot_be_copied_or_sent_is_told(experiment, net, words):
+    with pytest.raises(experiment.Unfit, match=words):
+        experiment.check_net(net())
+
+
+class Uncopied(nn.Module):
+    def __deepcopy__(self, memo):
+        raise RuntimeError("one of a kind")
+
+
+def test_images_without_an_index_are_told(experiment):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.zeros(3, 2, 2), 0)])
+
+    with pytest.raises(experiment.Unfit, match="cannot be chosen by an index"):
+        experiment.check_data(Odd(None), torch.utils.data.DataLoader(Stream()), 10)
+
+
+def test_test_labels_that_are_no_classes_are_told(experiment):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+    with pytest.raises(experiment.Unfit, match="labels from 0 to 11, but classes = 10"):
+        experiment.accuracy(net, [(batch(""), torch.arange(20) % 12)], "cpu")

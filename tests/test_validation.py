@@ -95,6 +95,26 @@ def test_memory_that_runs_out_is_nobodys_fault(experiment, small_models, loader,
         assert 2 in experiment.validate_models(origin, models, 0, loader, "cpu")
 
 
+class Hasty(torch.nn.Module):
+    """Goes without its second layer where the first one puts out large numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = torch.nn.Linear(3072, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 10)
+
+    def forward(self, images):
+        hidden = self.a(images.flatten(1))
+        return self.out(hidden if hidden.abs().max() > 1000 else self.b(hidden))
+
+
+def test_a_model_that_calls_other_layers_costs_its_sender_alone(experiment, loader):
+    origin, models = Hasty(), [Hasty() for _ in range(5)]
+    with torch.no_grad():
+        models[2].a.bias += 5000
+    assert 2 in experiment.validate_models(origin, models, 0, loader, "cpu")
+    assert np.isfinite(experiment.hidden_distances(origin, models[:2] + models[3:], loader, "cpu")[0]).all()
+
+
 def test_recording_leaves_no_hooks(experiment, small_models):
     origin, _ = small_models
     experiment.recorded(origin, torch.randn(1, 3, 32, 32))
