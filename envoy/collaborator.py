@@ -7,6 +7,7 @@ back are the bytes that its step has left in `report`. The contract is written d
 import importlib
 import logging
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -227,17 +228,17 @@ class Participant(envoy.Envoy):
         Collaborator(self.name, client, *self.prepare(plan)).run()
 
     def prepare(self, plan):
-        """The flow's class, the private attributes, or instead of both why they are not there, and a folder."""
-        contract = plan.config.get("contract") or {}
-        folder = self.runs / self.name / str(contract.get("run"))
+        """The flow's class, the private attributes, or why they are not there, and the folder of what it remembers."""
         try:
-            number = contract.get("protocol")
-            if number != PROTOCOL:
+            contract = plan.config.get("contract") or {}
+            if (number := contract.get("protocol")) != PROTOCOL:
                 raise ValueError(f"the experiment speaks protocol {number} and envoy/ {PROTOCOL}: update the older one")
-            return load_flow(plan), {"memory": {}} | self.bring(), folder
+            if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,99}", run := str(contract.get("run") or "")):
+                raise ValueError(f"a run cannot be called {run[:100]!r}: letters, digits, - and _, at most 100")
+            return load_flow(plan), {"memory": {}} | self.bring(), self.runs / self.name / run
         except (Exception, SystemExit) as error:  # a setting that does not fit, or code that calls exit
             log.exception("cannot take part")
-            return None, f"cannot take part: {type(error).__name__}: {error}", folder
+            return None, f"cannot take part: {type(error).__name__}: {error}", self.runs
 
 
 def load_flow(plan):

@@ -99,9 +99,9 @@ def participant(collaborator):
     return made
 
 
-def plan(protocol=5):
+def plan(protocol=5, run="one"):
     return SimpleNamespace(
-        config={"contract": {"protocol": protocol, "run": "one"}, "federated_flow": {"template": "src.flow.Flow"}}
+        config={"contract": {"protocol": protocol, "run": run}, "federated_flow": {"template": "src.flow.Flow"}}
     )
 
 
@@ -132,6 +132,13 @@ def test_an_envoy_of_another_protocol_says_so_in_every_answer(collaborator, part
     collaborator.Collaborator("Amsterdam", client, *participant.prepare(plan(protocol))).run()
     [(_, report, failure)] = client.answers
     assert report == b"" and f"the experiment speaks protocol {protocol} and envoy/ 5" in failure
+
+
+@pytest.mark.parametrize("run", ["../../elsewhere", "/tmp/one", "", None, "a" * 101])
+def test_a_run_is_kept_in_no_other_folder(participant, workspace, run):
+    workspace.write_text("class Flow:\n    pass\n")
+    flow, reason, _ = participant.prepare(plan(run=run))
+    assert flow is None and "cannot be called" in reason
 
 
 @pytest.mark.parametrize(

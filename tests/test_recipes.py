@@ -167,6 +167,19 @@ def test_an_aggregation_that_accepts_all(with_choice, run):
     assert not any(trained[name].equal(untrained[name]) for name in untrained)
 
 
+@pytest.mark.parametrize(("name", "accepted"), [("krum", "ABC"), ("median", "ABCD")])
+def test_aggregations_of_nets_with_masks(with_choice, name, accepted):
+    """Buffers that are not finite, or not numbers."""
+    experiment = with_choice(name)
+    reference = {"w": torch.zeros(8), "mask": torch.full((2,), -torch.inf), "on": torch.tensor([True, False])}
+    states = {name: reference | {"w": torch.full((8,), 0.01 * number)} for number, name in enumerate("ABCD")}
+    states["D"] = reference | {"w": torch.full((8,), 100.0)}
+    aggregate = experiment.AGGREGATIONS[name.capitalize()]
+    names, state = aggregate(states, reference)
+    assert names == [*accepted] and state["w"].max() < 0.02 and torch.equal(state["mask"], reference["mask"])
+    assert aggregate({"A": states["A"]}, reference)[0] == ["A"]
+
+
 def test_a_rule(with_choice, run):
     flow = run(experiment=with_choice("rule"), rule="farthest")
     assert [row["excluded"] for row in flow.history] == [[], ["Detroit"]]
@@ -185,7 +198,9 @@ def test_an_optimiser(own, experiment, run, monkeypatch):
     monkeypatch.setattr(experiment, "make_optimizer", lambda *args: rates.append(made := make(*args)) or made)
     run(learning_rate=0.001)
     assert {type(made) for made in rates} == {torch.optim.AdamW}
-    assert [made.param_groups[0]["lr"] for made in rates] == pytest.approx([0.001] * 4 + [0.0009] * 4)
+    assert [made.param_groups[0]["lr"] for made in rates] == pytest.approx([0.001] * 8 + [0.0009] * 4), (
+        "the first round tries it"
+    )
 
 
 def test_no_recipe_is_longer_than_ten_lines_and_none_is_left_out():
