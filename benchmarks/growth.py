@@ -108,7 +108,7 @@ def figure(rows: pd.DataFrame) -> None:
     axes[0].plot(
         middle.index, forward * middle.index, ls="--", color="gray", lw=1, label=f"forward passes, {forward:.2g} N"
     )
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[0].legend(frameon=False, fontsize=8, loc="center left")
     picture.savefig(FIGURES / "growth.png", dpi=110)
 
 
