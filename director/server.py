@@ -369,7 +369,7 @@ def resumed(state: dict, flow) -> list:
 def check_settings(kept: dict, now: dict) -> None:
     """`ValueError` if a setting, name → value, is not what it was in the run that shall go on."""
     for name, value in now.items():
-        if (before := kept.get(name)) != value:
+        if (before := kept.get(name, value)) != value:  # an older version has not kept everything
             raise ValueError(f"the run that shall go on has {name} {before!r}, not {value!r}: choose the same settings")
 
 

@@ -433,3 +433,49 @@ def test_an_aggregation_that_forgets_a_tensor_ends_the_run_and_says_which(experi
     monkeypatch.setitem(experiment.AGGREGATIONS, "FedAvg", forgetful)
     with pytest.raises(experiment.Unfit, match=r"what the aggregation FedAvg returns .* differs in classifier.1.bias"):
         run(aggregation="FedAvg", rounds=1)
+
+
+def half_frozen(experiment, monkeypatch):
+    """From now on the first net has a frozen layer, and BatchNorm."""
+    make = experiment.initial_model
+
+    def initial_model(config):
+        model = make(config)
+        model.features[0].weight.requires_grad_(False)
+        model.features.insert(1, torch.nn.BatchNorm2d(config.width))
+        return model
+
+    monkeypatch.setattr(experiment, "initial_model", initial_model)
+
+
+def plain_mean(states, reference):
+    """Of three equal numbers not quite that number."""
+    stacked = {n: torch.stack([state[n] for state in [*states.values()][:3]]).float() for n in reference}
+    return [*states], {n: values.mean(0).to(reference[n].dtype) for n, values in stacked.items()}
+
+
+def of_floats(states, reference):
+    names = [name for name, value in reference.items() if value.is_floating_point()]
+    return [*states], {n: torch.stack([state[n] for state in states.values()]).mean(0) for n in names}
+
+
+@pytest.mark.parametrize("aggregate", [plain_mean, of_floats])
+def test_aggregations_need_not_care_for_what_nobody_learns(experiment, run, monkeypatch, aggregate):
+    half_frozen(experiment, monkeypatch)
+    monkeypatch.setitem(experiment.AGGREGATIONS, "FedAvg", aggregate)
+    flow = run(aggregation="FedAvg", rounds=2)
+    first, last = experiment.initial_model(flow.config).state_dict(), experiment.load(flow.global_model)
+    assert [row["failed"] for row in flow.history] == [{}, {}]
+    assert not last["features.4.weight"].equal(first["features.4.weight"].bfloat16().float())
+    assert last["features.0.weight"].equal(first["features.0.weight"])
+
+
+def test_what_the_optimiser_freezes_travels_all_the_same(experiment, run, monkeypatch):
+    make = experiment.make_optimizer
+
+    def head_first(model, config, round):
+        model.features.requires_grad_(round > 1)
+        return make(model, config, round)
+
+    monkeypatch.setattr(experiment, "make_optimizer", head_first)
+    assert [row["failed"] for row in run(rounds=2).history] == [{}, {}]

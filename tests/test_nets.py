@@ -410,6 +410,26 @@ def test_layers_with_parametrized_weights_are_inspected_and_compared(experiment,
     assert experiment.look(net, models, loader, "cpu").directions[0].any()
 
 
+class LowRank(nn.Module):
+    """A weight with a low-rank addition that is trained."""
+
+    def __init__(self, rows, columns):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(rows, 2)), nn.Parameter(torch.zeros(2, columns))
+
+    def forward(self, weight):
+        return weight + (self.a @ self.b).view_as(weight)
+
+
+def test_weights_of_which_a_part_is_trained_are_compared_by_that_part(experiment):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 64, 3), nn.Flatten(), nn.LazyLinear(10))
+    net(torch.zeros(1, 3, 8, 8))
+    net[1].weight.requires_grad_(False)
+    nn.utils.parametrize.register_parametrization(net[1], "weight", LowRank(64, 36))
+    assert experiment.dry_pass(net, torch.randn(3, 3, 8, 8), 10) == ["0", "1", "3"]
+    assert experiment.middle_layers(net) == ["1.parametrizations.weight.0.a"]
+
+
 def test_layers_with_sublayers_are_named(experiment, caplog):
     class Adapted(nn.Module):
         """A linear layer with a low-rank addition."""
@@ -487,14 +507,16 @@ def test_a_net_that_cannot_be_trained_is_told_before(experiment, net, labels, wo
         experiment.check_training(net, (batch(""), labels), experiment.demo, "cpu")
 
 
-def test_a_disk_that_fails_is_not_the_nets_fault(experiment):
+@pytest.mark.parametrize("error", [OSError("disk"), MemoryError(), RuntimeError("CUDA out of memory")])
+def test_what_may_pass_is_not_the_nets_fault(experiment, error):
     def broken(net, images):
-        raise OSError("disk")
+        raise error
 
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises(type(error)) as raised:
         experiment.check_training(
             Odd(broken, a=nn.Linear(12, 10)), (batch(""), torch.arange(20) % 10), experiment.demo, "cpu"
         )
+    assert raised.value is error
 
 
 @pytest.mark.parametrize(
