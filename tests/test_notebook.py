@@ -151,7 +151,7 @@ def test_with_other_nets(play, net):
         ({"classes": 3}, "labels from 0 to 9, but classes = 3"),
         ({"names": ()}, "there are no YAML files"),
         ({"data": {"source": "image_folder", "folder": "/nowhere"}}, "there is no folder /nowhere"),
-        ({"net": lambda config: flat(1024, config)}, "the net cannot take a batch (2, 3, 32, 32): RuntimeError"),
+        ({"net": lambda config: flat(1024, config)}, "the net cannot take a batch (1, 3, 32, 32): RuntimeError"),
     ],
 )
 def test_where_the_participants_do_not_fit_the_figures_show_the_demo(play, changes, reason):
