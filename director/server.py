@@ -369,8 +369,11 @@ def resumed(state: dict, flow) -> list:
 def check_settings(kept: dict, now: dict) -> None:
     """`ValueError` if a setting, name → value, is not what it was in the run that shall go on."""
     for name, value in now.items():
-        if (before := kept.get(name, value)) != value:  # an older version has not kept everything
-            raise ValueError(f"the run that shall go on has {name} {before!r}, not {value!r}: choose the same settings")
+        if name not in kept:
+            raise ValueError(f"the run that shall go on was kept by a version that knows no {name}: start a new one")
+        if kept[name] != value:
+            words = f"{name} {kept[name]!r}, not {value!r}"
+            raise ValueError(f"the run that shall go on has {words}: choose the same settings")
 
 
 def check_protocol(plan: dict) -> None:

@@ -15,7 +15,7 @@ KEPT_ROUNDS = 3
 def keep(folder: Path, past: dict[str, np.ndarray], round: int) -> None:
     """Writes what is remembered after a round; without a disk the run goes on all the same."""
     try:
-        forget(folder, round)
+        forget(folder, round + 1)
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / "memory.part"
         part.write_bytes(save({name: np.ascontiguousarray(sent) for name, sent in past.items()}))  # or it is scrambled

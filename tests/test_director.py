@@ -196,3 +196,17 @@ def test_a_director_that_has_stood_still_takes_nobody_for_silent(server, tmp_pat
     stood_still, silent, heard = asyncio.run(play())
     assert stood_still < 4 and heard < 0.5
     assert silent - stood_still > 1.5, "in these two seconds it could have been heard"
+
+
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [
+        ({"seed": 3, "middle layers": []}, "has seed 3, not 10: choose the same settings"),
+        ({"seed": 10}, "was kept by a version that knows no middle layers: start a new one"),
+    ],
+)
+def test_a_run_that_goes_on_with_something_else_is_refused(server, kept, words):
+    now = {"seed": 10, "middle layers": []}
+    server.check_settings(now | {"message_mb": 1}, now)
+    with pytest.raises(ValueError, match=words):
+        server.check_settings(kept, now)
