@@ -44,7 +44,12 @@ unexport PYTHONDONTWRITEBYTECODE
 CHOICES := PARTICIPANTS MALICIOUS CONFIG SET ENVOY RESULTS
 chosen   = $(if $(filter-out file,$(origin $1)),$1='$($1)')
 run: export CROWDGUARD_AGAIN := $(strip make run $(foreach name,$(CHOICES),$(call chosen,$(name))) RESUME=)
+
+# What else stands on the command line would be ignored.
+given   = $(if $(filter command,$(firstword $(origin $1))),$1)
+STRANGE = $(filter-out $(CHOICES) RESUME PYTHON,$(foreach name,$(.VARIABLES),$(call given,$(name))))
 run: .venv/ready
+	$(if $(STRANGE),$(error make run knows no $(firstword $(STRANGE)), only $(CHOICES) RESUME PYTHON))
 	$(NOTEBOOK) --check
 	$(FEDERATION) -- $(NOTEBOOK)
 

@@ -36,7 +36,11 @@ from scipy import stats
 from tqdm import tqdm
 
 matplotlib.use("Agg")
-KINDS = {"norms": ["norms"], "effects": ["effects"], "kinship": ["kinship"]}  # what can speak in a first round
+KINDS = {
+    "norms": ["norms"],
+    "effects": ["effects"],
+    "kinship": ["kinship", "lasting"],
+}  # what can speak in a first round
 PARTITIONS = (None, 0.5)
 
 

@@ -49,7 +49,7 @@ from openfl.experimental.workflow.protocols import aggregator_pb2, aggregator_pb
 from openfl.experimental.workflow.transport import AggregatorGRPCServer
 from openfl.protocols import base_pb2
 
-PROTOCOL = 5  # 1 was OpenFL's own: pickles
+PROTOCOL = 6  # 1 was OpenFL's own: pickles
 LOGGER = "FederatedCrowdGuard"
 LONGEST_REASON = 300  # characters of what a participant says went wrong
 WAIT = 5  # seconds a participant's question for a task may wait for one; it asks again

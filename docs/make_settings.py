@@ -23,9 +23,9 @@ Made by `python docs/make_settings.py` from the code; a wrong value ends in one 
 YAML = """
 ## Of a participant
 
-Its YAML file; `make run ENVOY="data.alpha=1.0"` for all. All must agree on `trigger`, `backdoor_target`,
-`backdoor_source` and the classes; whoever measures another backdoor is left out. In an experiment on known data they
-agree on everything under `data` but `index`.
+Its YAML file; `make run ENVOY="data.partition=dirichlet data.alpha=1.0"` for all. All must agree on `trigger`,
+`backdoor_target`, `backdoor_source` and the classes; whoever measures another backdoor is left out. In an experiment on
+known data they agree on everything under `data` but `index`.
 
 | key | default | meaning |
 |---|---|---|

@@ -20,7 +20,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import NameOID
 
-PROTOCOL = 5  # of the contract between director and flow, see director/aggregator.py
+PROTOCOL = 6  # of the contract between director and flow, see director/aggregator.py
 OURS = (("protocol", str(PROTOCOL)), ("openfl", version("openfl")))  # what every call says of this machine
 INSTANCE = ("instance", uuid.uuid4().hex)  # and of this process: of two with one name the newer counts
 CHANNEL = [

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import grpc
 from channel import PROTOCOL, Identity, open_channel
-from memory import keep, recall
+from memory import check_settings, keep, recall
 from openfl.experimental.workflow.component.envoy import envoy
 from openfl.experimental.workflow.federated import Plan
 from openfl.experimental.workflow.protocols import aggregator_pb2, aggregator_pb2_grpc, director_pb2, director_pb2_grpc
@@ -180,10 +180,12 @@ class Participant(envoy.Envoy):
 
     Args:
         runs: folder in which it keeps, under its name, what it remembers over the rounds.
+        settings: what must be the same when a run goes on, name → value or section.
     """
 
-    def __init__(self, name: str, address: str, identity: Identity, bring, runs: Path):
+    def __init__(self, name: str, address: str, identity: Identity, bring, runs: Path, settings: dict):
         self.address, self.identity, self.bring, self.runs = address, identity, bring, runs.absolute()
+        self.settings = settings
         host, _, port = address.rpartition(":")
         super().__init__(
             envoy_name=name, director_host=host, director_port=int(port), root_certificate=identity.ca,
@@ -235,7 +237,8 @@ class Participant(envoy.Envoy):
                 raise ValueError(f"the experiment speaks protocol {number} and envoy/ {PROTOCOL}: update the older one")
             if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,99}", run := str(contract.get("run") or "")):
                 raise ValueError(f"a run cannot be called {run[:100]!r}: letters, digits, - and _, at most 100")
-            return load_flow(plan), {"memory": {}} | self.bring(), self.runs / self.name / run
+            check_settings(folder := self.runs / self.name / run, self.settings)
+            return load_flow(plan), {"memory": {}} | self.bring(), folder
         except (Exception, SystemExit) as error:  # a setting that does not fit, or code that calls exit
             log.exception("cannot take part")
             return None, f"cannot take part: {type(error).__name__}: {error}", self.runs

@@ -1,6 +1,8 @@
-"""What a participant remembers of everybody's updates, on its own disk: once started anew it goes on from any of the
-last rounds. It is written here and not by the experiment's code, which need not know of this machine's folders."""
+"""What a participant remembers on its own disk: everybody's updates, so that once started anew it goes on from any of
+the last rounds, and its settings when a run began. It is written here and not by the experiment's code, which need not
+know of this machine's folders."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -47,3 +49,26 @@ def forget(folder: Path, round: int) -> None:
     for path in folder.glob("memory-*"):
         if path.name >= f"memory-{round:06}":
             path.unlink()
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """Notes the participant's settings when a run begins; `ValueError` if they are others when it goes on."""
+    path, chosen = folder / "settings.json", json.loads(json.dumps(flat(settings)))
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        before = chosen
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(chosen))
+        except OSError as error:  # a full disk: the run goes on all the same
+            log.warning("the settings cannot be kept: %s", error)
+    for key in sorted(before.keys() | chosen.keys()):
+        if (now := chosen.get(key)) != (then := before.get(key)):
+            raise ValueError(f"{key} is {now}, but was {then} when the run began: choose the same, or remove {path}")
+
+
+def flat(settings: dict) -> dict:
+    """{"data": {"seed": 1}} → {"data.seed": 1}"""
+    sections = {key: value if isinstance(value, dict) else {"": value} for key, value in settings.items()}
+    return {f"{key}.{name}".strip("."): value for key, mine in sections.items() for name, value in mine.items()}

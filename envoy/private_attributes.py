@@ -8,6 +8,7 @@ are int64 `(N,)`. Where they come from is told in sources.py, what attackers do 
 import functools
 import re
 import unicodedata
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -58,9 +59,9 @@ class Data(Strict):
     participants: int = Field(4, ge=1, le=10_000)  # how many shares there are
     index: int = Field(0, ge=0)  # which of them is mine, from 0 on
     partition: Literal["iid", "dirichlet"] = "iid"  # how the training data are shared out
-    alpha: float = Field(0.5, gt=0)  # concentration of the Dirichlet distribution
+    alpha: float | None = Field(None, gt=0)  # concentration of the Dirichlet distribution; None: 0.5
     seed: int = Field(10, ge=0)  # of the shares and of the poisoned images; the same at all participants
-    train_samples: int | None = Field(None, ge=1)  # take fewer
+    train_samples: int | None = Field(None, ge=1)  # take fewer of the share
     test_samples: int | None = Field(None, ge=1)
     batch_size: int = Field(32, ge=1, le=100_000)  # images in a training batch
 
@@ -78,6 +79,13 @@ class Data(Strict):
         if names and len(set(names)) < len(names):
             raise ValueError(f"{max(names, key=names.count)!r} is there twice")
         return names
+
+    @field_validator("alpha")
+    @classmethod
+    def used(cls, alpha, earlier):
+        if alpha is not None and earlier.data.get("partition") == "iid":
+            raise ValueError("is for partition: dirichlet")
+        return alpha
 
     @field_validator("index")
     @classmethod
@@ -232,7 +240,7 @@ def share(data: Data, part: Source, train: bool) -> tuple[torch.Tensor, torch.Te
 
     Raises: `ValueError` that begins with the key at fault.
     """
-    alpha = data.alpha if train and data.partition == "dirichlet" else None
+    alpha = (data.alpha or 0.5) if train and data.partition == "dirichlet" else None
     mine = partition(part.labels, data.participants, alpha, data.seed)[data.index]
     limit = data.train_samples if train else data.test_samples
     mine = np.sort(np.random.default_rng([data.seed, data.index]).permutation(mine)[:limit])
@@ -295,7 +303,16 @@ def backdoor_test(images, labels, trigger: str, target: int, source: int | None)
     Of class `source`, or if that is None of every class but the target.
     """
     chosen = labels != target if source is None else labels == source
-    return triggered(trigger, images[chosen]), torch.full_like(labels[chosen], target)
+    shown = triggered(trigger, images[chosen])
+    if trigger != "none" and len(shown) and torch.equal(shown, images[chosen]):
+        raise ValueError(f"trigger: {trigger} changes none of the test images")
+    return shown, torch.full_like(labels[chosen], target)
+
+
+def numbering(classes: list[str] | None) -> dict[str, str]:
+    """By which participants tell that they number the classes alike: a checksum, and as many names as there is room
+    for; nothing if they have no names."""
+    return {"classes": f"{zlib.crc32(repr(classes).encode()):08x} {'/'.join(classes)}"} if classes else {}
 
 
 def pick_device(name: str) -> str:
@@ -322,8 +339,9 @@ def participant(
 
     Returns: `train_loader`, `test_loader`, `backdoor_loader` (see `backdoor_test`), `adversary` (None if honest),
     `device`, and `memory`, an empty dict in which the participant keeps what need not travel. Further `backdoor`, what
-    the backdoor test measures: `{"trigger": str, "target": int, "source": int or None}`; `classes`, their names in
-    order, or None if they have none; and `normalisation`, the mean and standard deviation of the loaders.
+    the backdoor test measures: `{"trigger": str, "target": int, "source": int or None}` and `numbering`; `classes`, by
+    name and in order, or None if they have no names; and `normalisation`, the mean and standard deviation of the
+    loaders.
 
     Raises: `ValueError` that begins with the key at fault.
     """
@@ -347,7 +365,8 @@ def participant(
         "adversary": adversary,
         "device": pick_device(device),
         "memory": {},
-        "backdoor": {"trigger": trigger, "target": backdoor_target, "source": backdoor_source},
+        "backdoor": {"trigger": trigger, "target": backdoor_target, "source": backdoor_source}
+        | numbering(parts[0].classes),
         "classes": parts[0].classes,
         "normalisation": (mean, std),
     }

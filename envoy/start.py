@@ -66,7 +66,8 @@ def main():
     logging.info("%d training and %d test images, %s", *images, share)
     if classes:
         logging.info("classes: %s", ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
-    participant = Participant(settings.name, director, identity, bring, args.runs)
+    lasting = settings.model_dump(mode="json", exclude={"director": True, "device": True, "data": {"folder"}})
+    participant = Participant(settings.name, director, identity, bring, args.runs, lasting)
     work_in((args.work or args.runs / settings.name) / f".{settings.name}-{director.replace(':', '-')}")
     try:
         participant.start()

@@ -7,9 +7,11 @@ import shutil
 import uuid
 from pathlib import Path
 
+import nbformat
 from openfl.experimental.workflow.notebooktools import NotebookTools
 
 from envoy.channel import PROTOCOL
+from experimenter.cells import check_exports
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = os.environ.get("CROWDGUARD_NOTEBOOK", str(ROOT / "FederatedCrowdGuard.ipynb"))
@@ -32,7 +34,11 @@ class Workspace(NotebookTools):
 
 
 def export_workspace(director: str, run: str, resume: bool = False) -> tuple[Path, str]:
-    """Writes the workspace of a run for a director at `host:port`, and an archive; returns that and the flow's name."""
+    """Writes the workspace of a run for a director at `host:port`, and an archive; returns that and the flow's name.
+
+    Raises: `ValueError` as by `check_exports`.
+    """
+    check_exports(nbformat.read(NOTEBOOK, as_version=4))
     with contextlib.redirect_stdout(io.StringIO()):  # OpenFL lists its own template
         workspace = Workspace(NOTEBOOK, WORKSPACE)
         workspace.run, workspace.resume = run, resume

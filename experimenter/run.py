@@ -27,8 +27,12 @@ from nbclient.exceptions import DeadKernelError
 
 NOTEBOOK = Path(__file__).parent.parent / "FederatedCrowdGuard.ipynb"
 sys.path.insert(0, str(NOTEBOOK.parent))  # for the package that this file is in
+
+from experimenter.cells import check_exports, exported  # noqa: E402
+
 NOISE = re.compile(r"\s*$|(Aggregator|Collaborator) step .* registered|.*: \S+ has trained, ")
 OPENFL = re.compile(r"Exception: FederatedRuntime: Experiment \S+ failed to run due to error: ")  # before our words
+WHERE = "(SET=…, --set)"  # from where a setting comes
 TELL = 20  # seconds between signs of life while the notebook explains
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -41,10 +45,6 @@ def without_noise(text: str) -> str:
 
 def tagged(cell, tag: str) -> bool:
     return tag in cell.metadata.get("tags", [])
-
-
-def exported(cell) -> bool:
-    return cell.cell_type == "code" and re.match(r"#\s*\|\s*(default_exp|export)", cell.source) is not None
 
 
 def with_settings(notebook, name: str, changes: list[str]):
@@ -60,8 +60,10 @@ def with_settings(notebook, name: str, changes: list[str]):
 def parse_change(text: str) -> str:
     """`rounds=2` as it is, `rule=paper` as `rule='paper'`."""
     key, equals, value = text.partition("=")
+    if "." in key:
+        raise SystemExit(f"{text} {WHERE}: has a dot, so it is a setting of the participants: ENVOY=…")
     if not (equals and key.isidentifier()) or keyword.iskeyword(key):
-        raise SystemExit(f"--set {text}: must be name=value, as in rounds=2")
+        raise SystemExit(f"{text} {WHERE}: must be name=value without blanks, as in rounds=2")
     try:
         return f"{key}={json.loads(value, parse_constant=int)!r}"  # NaN is a text, which no setting is
     except ValueError:
@@ -84,7 +86,7 @@ def check(notebook):
         where = ".".join(str(part) for part in problem["loc"])
         where += f"={problem['input']}" if where and "input" in problem else ""
         reason = problem.get("ctx", {}).get("error", problem["msg"])  # ours without what pydantic says before it
-        raise SystemExit(f"--set {where}: {reason}" if where else f"--set: {reason}") from None
+        raise SystemExit(f"{where} {WHERE}: {reason}".strip()) from None
     return names["config"]
 
 
@@ -214,9 +216,13 @@ def main():
         if place in os.environ:  # the notebook runs in its own folder, not in the caller's
             os.environ[place] = str(Path(os.environ[place]).resolve())
     if twice := [name for name, count in Counter(text.partition("=")[0] for text in args.set).items() if count > 1]:
-        raise SystemExit(f"--set {twice[0]}: is given twice")
+        raise SystemExit(f"{twice[0]} {WHERE}: is given twice")
     notebook = with_settings(nbformat.read(NOTEBOOK, as_version=4), args.config, [parse_change(t) for t in args.set])
     config = check(notebook)
+    try:
+        check_exports(notebook)
+    except ValueError as error:
+        raise SystemExit(f"{NOTEBOOK.name}: {error}") from None
     if args.export:
         notebook.cells = [cell for cell in notebook.cells if exported(cell) or tagged(cell, "workspace")]
         execute(notebook, None)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -38,6 +39,7 @@ CITIES = [
 ]
 # fmt: on
 CERTIFICATE_DAYS = 7
+WHERE = "(ENVOY=…, --set)"  # from where a setting of all participants comes
 START_TIMEOUT = 300  # seconds; importing torch five times on a busy machine takes a minute
 
 
@@ -52,16 +54,16 @@ def parse_override(text: str) -> tuple[list[str], object]:
     """`data.alpha=1.0` → (["data", "alpha"], 1.0)"""
     key, equals, value = text.partition("=")
     if not equals:
-        raise SystemExit(f"--set {text}: must be key=value, as in data.source=image_folder")
+        raise SystemExit(f"{text} {WHERE}: must be key=value without blanks, as in data.source=image_folder")
     ours = ("name", "director", "data", "attack", "data.index", "data.participants")
     if key in ours or key.partition(".")[0] in ours[:2] or key.count(".") > 1:
-        raise SystemExit(f"--set {text}: {key} is not one setting for all participants")
+        raise SystemExit(f"{text} {WHERE}: {key} is not one setting for all participants")
     if key == "data.folder":
         return key.split("."), str(Path(value).expanduser().absolute())
     try:
         return key.split("."), strict_yaml.parse(value)
     except ValueError as error:
-        raise SystemExit(f"--set {text}: {error}") from None
+        raise SystemExit(f"{text} {WHERE}: {error}") from None
 
 
 def written_settings(folder: Path) -> dict[str, dict]:
@@ -86,6 +88,8 @@ def written_settings(folder: Path) -> dict[str, dict]:
 def attacks_of(written: dict[str, dict], everyone: list[str], malicious: int | None) -> dict[str, dict]:
     """name → attack: as written if as many shall attack; or the last ones together, their updates scaled by 1 / PMR."""
     attacks = {name: mine["attack"] for name, mine in written.items() if "attack" in mine}
+    if not everyone:
+        raise SystemExit("PARTICIPANTS=0 (--participants): must be at least 1")
     malicious = min(len(attacks), len(everyone) - 1) if malicious is None else malicious
     if not 0 <= malicious < len(everyone):
         words = f"MALICIOUS={malicious} of PARTICIPANTS={len(everyone)}"
@@ -119,7 +123,7 @@ def participant_settings(participants: int | None, malicious: int | None, direct
                 for section in sections:
                     place = place.setdefault(section, {})
                 if not isinstance(place, dict):
-                    raise SystemExit(f"--set {'.'.join([*sections, key])}: {sections[-1]} has no keys")
+                    raise SystemExit(f"{'.'.join([*sections, key])} {WHERE}: {sections[-1]} has no keys")
                 place[key] = value
         settings[name] = mine
     return settings
@@ -173,6 +177,7 @@ class Federation:
         director_port, aggregator_port = free_ports(2)
         self.host, self.address = host, f"{host}:{director_port}"
         self.settings = participant_settings(participants, malicious, self.address, overrides)
+        self.chosen = " ".join(f"{'.'.join(keys)}={value}" for keys, value in overrides)
         (ROOT / ".federation").mkdir(exist_ok=True)
         remove_old_logs()
         self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=ROOT / ".federation"))
@@ -281,6 +286,9 @@ class Federation:
         for name, process in self.processes.items():
             if process.poll() is not None:
                 end = "\n".join(self.log(name).read_text().splitlines()[-5:])
+                end = end.replace(str(self.folder / "envoys"), "envoy")  # from which those files are made
+                if self.chosen and not self.command:
+                    end += f"\nchosen for all participants {WHERE}: {self.chosen} (of the experiment itself: SET=…)"
                 raise SystemExit(f"{name} ended with exit code {process.returncode}; its log: {self.log(name)}\n{end}")
 
     def run(self, command: list[str]) -> int:
@@ -343,6 +351,8 @@ def main():
     parser.add_argument("command", nargs="+", help="command to run beside the federation, after --")
     args = parser.parse_args()
     overrides = [parse_override(text) for text in args.set]
+    if twice := [key for key, count in Counter(".".join(keys) for keys, _ in overrides).items() if count > 1]:
+        raise SystemExit(f"{twice[0]} {WHERE}: is given twice")
     if not shutil.which(args.command[0]):
         raise SystemExit(f"there is no command {args.command[0]}")
     os.environ.setdefault("CROWDGUARD_AGAIN", again(args.command))

@@ -1,5 +1,6 @@
 """A participant's side: whatever goes wrong there is its answer, and it gives up when nobody is there."""
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,10 +97,11 @@ def participant(collaborator):
     """An envoy's part that prepares an experiment, without a director."""
     made = object.__new__(collaborator.Participant)
     made.name, made.bring, made.runs = "Amsterdam", lambda: {"data": "images", "memory": {}}, Path("runs")
+    made.settings = {"name": "Amsterdam", "data": {"seed": 1, "train_samples": None}, "attack": None}
     return made
 
 
-def plan(protocol=5, run="one"):
+def plan(protocol=6, run="one"):
     return SimpleNamespace(
         config={"contract": {"protocol": protocol, "run": run}, "federated_flow": {"template": "src.flow.Flow"}}
     )
@@ -131,7 +133,7 @@ def test_an_envoy_of_another_protocol_says_so_in_every_answer(collaborator, part
     client = Client(task("train", 1))
     collaborator.Collaborator("Amsterdam", client, *participant.prepare(plan(protocol))).run()
     [(_, report, failure)] = client.answers
-    assert report == b"" and f"the experiment speaks protocol {protocol} and envoy/ 5" in failure
+    assert report == b"" and f"the experiment speaks protocol {protocol} and envoy/ 6" in failure
 
 
 @pytest.mark.parametrize("run", ["../../elsewhere", "/elsewhere", "", None, "a" * 101])
@@ -139,6 +141,32 @@ def test_a_run_is_kept_in_no_other_folder(participant, workspace, run):
     workspace.write_text("class Flow:\n    pass\n")
     flow, reason, _ = participant.prepare(plan(run=run))
     assert flow is None and "cannot be called" in reason
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"data": {"seed": 2, "train_samples": None}}, "data.seed is 2, but was 1 when the run began: choose the same"),
+        ({"attack": {"pdr": 0.5}}, "attack.pdr is 0.5, but was None when the run began"),
+        ({"trigger": "noise"}, "trigger is noise, but was None when the run began"),
+    ],
+)
+def test_a_run_goes_on_with_the_settings_with_which_it_began(participant, workspace, changed, words):
+    workspace.write_text("class Flow:\n    pass\n")
+    for _ in range(2):
+        assert participant.prepare(plan())[0], "the same settings"
+    before, participant.settings = participant.settings, participant.settings | changed
+    flow, reason, _ = participant.prepare(plan())
+    assert flow is None and re.search(words, reason)
+    assert participant.prepare(plan(run="two"))[0], "another run"
+    participant.settings = before
+    assert participant.prepare(plan())[0]
+
+
+def test_without_a_disk_nobody_is_refused(participant, workspace):
+    workspace.write_text("class Flow:\n    pass\n")
+    Path("runs").touch()
+    assert participant.prepare(plan())[0]
 
 
 @pytest.mark.parametrize(

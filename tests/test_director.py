@@ -26,7 +26,7 @@ def port():
         return probe.getsockname()[1]
 
 
-def archive(folder, name: str, code: str, port: int, protocol: int = 5, resume: bool = False):
+def archive(folder, name: str, code: str, port: int, protocol: int = 6, resume: bool = False):
     """What the notebook sends: a plan, and code."""
     plan = {
         "aggregator": {"defaults": "", "template": "", "settings": {"rounds_to_train": 1}},
@@ -92,11 +92,11 @@ def test_a_taken_port_is_named(server, tmp_path, monkeypatch):
     assert f"port {taken} cannot be used" in state.error
 
 
-@pytest.mark.parametrize("protocol", [1, 2, 3, 4, None, "5"])
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5, None, "6"])
 def test_a_notebook_of_another_protocol_is_refused_in_one_line(server, tmp_path, monkeypatch, port, protocol):
     monkeypatch.chdir(tmp_path)
     [(state, _)] = states_of(server, [archive(tmp_path, "only", "raise SystemExit('must not run')", port, protocol)])
-    assert f"the notebook speaks protocol {protocol}, the director 5" in state.error
+    assert f"the notebook speaks protocol {protocol}, the director 6" in state.error
     assert len(state.error.splitlines()) == 1
 
 

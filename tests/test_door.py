@@ -343,9 +343,9 @@ def notebook_side(director, place, monkeypatch):
 
 
 @pytest.mark.parametrize(("facts", "words"), [
-    ((("protocol", "1"), ("openfl", "1.9")), "it has protocol 1, not 5"),
-    ((("protocol", "5"), ("openfl", "1.8")), "it has openfl 1.8, not 1.9"),
-    ((), "it has protocol unknown, not 5 and openfl unknown, not 1.9"),
+    ((("protocol", "1"), ("openfl", "1.9")), "it has protocol 1, not 6"),
+    ((("protocol", "6"), ("openfl", "1.8")), "it has openfl 1.8, not 1.9"),
+    ((), "it has protocol unknown, not 6 and openfl unknown, not 1.9"),
 ])  # fmt: skip
 def test_a_stale_envoy_is_refused_in_one_line_that_reaches_the_notebook(
     place, director, monkeypatch, caplog, facts, words
@@ -383,7 +383,7 @@ def test_the_envoy_itself_ends_with_that_line(place, director, tmp_path):
 
 
 @pytest.mark.parametrize(("old", "new", "words"), [
-    ("PROTOCOL = 5", "PROTOCOL = 1", "protocol 1, not 5|protocol 5, not 1"),
+    ("PROTOCOL = 6", "PROTOCOL = 1", "protocol 1, not 6|protocol 6, not 1"),
     ('OPENFL = "1.9"', 'OPENFL = "1.10"', "the director has OpenFL 1.9 and needs 1.10"),
 ])  # fmt: skip
 def test_a_stale_director_is_refused_in_one_line_that_reaches_the_notebook(

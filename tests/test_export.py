@@ -13,6 +13,7 @@ import yaml
 from conftest import load_module
 
 from envoy.channel import PROTOCOL
+from experimenter.cells import check_exports
 
 pytestmark = pytest.mark.slow
 
@@ -58,12 +59,12 @@ def test_export_writes_plan_code_and_requirements(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("rule=foo", "--set rule=foo: Input should be 'crowd' or 'paper'"),
-        ("rounds=0", "--set rounds=0: "),
-        ("round=3", "--set round=3: there is no such setting; there are aggregation, rule, rounds, "),
-        ("learning_rate=NaN", "--set learning_rate=NaN: "),
-        ("patience=60", "--set: patience is participant_timeout now"),
-        ("stamped_images=0", "--set: stamped_images is no setting any more"),
+        ("rule=foo", "rule=foo (SET=…, --set): Input should be 'crowd' or 'paper'"),
+        ("rounds=0", "rounds=0 (SET=…, --set): "),
+        ("round=3", "round=3 (SET=…, --set): there is no such setting; there are aggregation, rule, rounds, "),
+        ("learning_rate=NaN", "learning_rate=NaN (SET=…, --set): "),
+        ("patience=60", "(SET=…, --set): patience is participant_timeout now"),
+        ("stamped_images=0", "(SET=…, --set): stamped_images is no setting any more"),
     ],
 )
 def test_a_wrong_setting_is_told_before_anything_is_started(change, told):
@@ -76,11 +77,30 @@ def test_a_wrong_setting_is_told_before_anything_is_started(change, told):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (["rounds=3", "rounds=4"], "--set rounds: is given twice"),
-        (["class=2"], "--set class=2: must be name=value"),
+        (["rounds=3", "rounds=4"], "rounds (SET=…, --set): is given twice"),
+        (["class=2"], "class=2 (SET=…, --set): must be name=value without blanks"),
+        (["data.alpha=1.0"], "data.alpha=1.0 (SET=…, --set): has a dot, so it is a setting of the participants"),
     ],
 )
 def test_what_is_no_setting_is_told_in_one_line(tmp_path, changes, told):
     options = itertools.chain.from_iterable(("--set", change) for change in changes)
     command = [sys.executable, ROOT / "experimenter" / "run.py", "--check", "--results", tmp_path, *options]
     assert subprocess.run(command, capture_output=True, text=True).stderr.startswith(told)
+
+
+def test_a_function_replaced_without_export_is_told(tmp_path):
+    """Participants would run the one before, while the notebook shows the new one."""
+    cells = [
+        "#| export\ndef net():\n    return 1\n\n\nlimit = 3",
+        "%matplotlib inline",
+        "limit = 4\nshown = net()",
+        "x = 1",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    check_exports(notebook)
+    for again in ("def net():\n    return 2", "class net:\n    pass", "net, other = print, 1"):
+        notebook.cells[3].source = again
+        with pytest.raises(ValueError, match="cell 4 defines net again without `#| export`; .* that of cell 1"):
+            check_exports(notebook)
+    notebook.cells[3].source = "#| export\ndef net():\n    return 2"
+    check_exports(notebook)

@@ -93,7 +93,7 @@ def test_an_empty_file_has_the_default_values_and_not_another_one_s(written):
 
 
 def test_settings_are_no_sections(written):
-    with pytest.raises(SystemExit, match="--set trigger.x: trigger has no keys"):
+    with pytest.raises(SystemExit, match=r"trigger.x \(ENVOY=…, --set\): trigger has no keys"):
         federation.participant_settings(None, None, "x:1", [(["trigger"], "noise"), (["trigger", "x"], 1)])
     with pytest.raises(SystemExit, match="director.host is not one setting"):
         federation.parse_override("director.host=1")
@@ -202,7 +202,10 @@ def test_an_envoy_that_cannot_start_ends_it_all_and_says_whose_log_to_read(launc
     output = running.communicate(timeout=120)[0]
     assert running.returncode == 1
     assert "Detroit ended with exit code 1; its log: " in output
-    assert "attack.pdr" in output
+    assert (
+        "attack.pdr: Input should be" in output
+        and "chosen for all participants (ENVOY=…, --set): attack.pdr=1.5" in output
+    )
     assert "must not run" not in output
     assert gone(descendants)
 
@@ -211,8 +214,10 @@ def test_an_envoy_that_cannot_start_ends_it_all_and_says_whose_log_to_read(launc
     ("arguments", "words"),
     [
         (["--malicious", "4"], "MALICIOUS=4 of PARTICIPANTS=4"),
-        (["--set", "data"], "--set data: must be key=value"),
-        (["--set", "data.index=1"], "--set data.index=1: "),
+        (["--participants", "0"], "PARTICIPANTS=0 (--participants): must be at least 1"),
+        (["--set", "data"], "data (ENVOY=…, --set): must be key=value"),
+        (["--set", "trigger=noise", "--set", "trigger=none"], "trigger (ENVOY=…, --set): is given twice"),
+        (["--set", "data.index=1"], "data.index=1 (ENVOY=…, --set): "),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_starts(launch, arguments, words):
@@ -462,7 +467,7 @@ def test_what_was_exempt_from_the_proxy_stays_so():
 def test_values_on_the_command_line_are_taken_at_their_word():
     assert federation.parse_override("data.seed=010") == (["data", "seed"], "010"), "which the envoy refuses"
     assert federation.parse_override("data.alpha=1e-3") == (["data", "alpha"], 0.001)
-    with pytest.raises(SystemExit, match=r"^--set data.seed=\{a: 1, a: 2\}: not YAML: 'a' is there twice"):
+    with pytest.raises(SystemExit, match=r"^data.seed=\{a: 1, a: 2\} \(ENVOY=…, --set\): not YAML: 'a' is there twice"):
         federation.parse_override("data.seed={a: 1, a: 2}")
 
 

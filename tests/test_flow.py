@@ -412,9 +412,10 @@ def test_who_measures_another_backdoor_is_left_out(experiment, run, private_attr
     assert row["per_participant"]["Bangalore"]["backdoor_accuracy"] is None
 
 
-def test_who_numbers_the_classes_otherwise_is_left_out(run):
-    names = {name: {"classes": ["ant", "bee"] if name != "Detroit" else ["bee", "ant"]} for name in NAMES}
-    failed = run(names, rounds=1).history[0]["failed"]
+def test_who_numbers_the_classes_otherwise_is_left_out(run, private_attributes):
+    alike, otherwise = (private_attributes.numbering(classes) for classes in (["ant", "bee"], ["bee", "ant"]))
+    told = {name: {"backdoor": otherwise if name == "Detroit" else alike} for name in NAMES}
+    failed = run(told, rounds=1).history[0]["failed"]
     assert failed.keys() == {"Detroit"} and "bee/ant" in failed["Detroit"]
 
 

@@ -183,14 +183,15 @@ def test_nets_without_wide_middle_convolutions_have_no_directions(experiment, sm
 # --- Likeness in function ------------------------------------------------------------------------------------------
 
 
-def test_likeness_is_the_cosine_within_classes(experiment, rng):
+def test_likeness_is_fishers_z_of_the_cosine_within_classes(experiment, rng):
     logits, labels = rng.normal(size=(12, 3, 4)), np.arange(12) % 3
     logits[:, 2] += 2 * logits[:, 0]
     found = experiment.likeness(logits, labels)
     rows = logits - logits.mean(2, keepdims=True)
     rows = rows - np.stack([rows[labels == label].mean(0) for label in labels])
     a, b = rows[:, 0].ravel(), rows[:, 2].ravel()
-    assert found[0, 2] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    assert found[0, 2] == pytest.approx(np.arctanh(a @ b / np.linalg.norm(a) / np.linalg.norm(b)))
+    assert np.isfinite(experiment.likeness(logits[:, [0, 0]], labels)).all(), "of a model with itself too"
 
 
 def test_a_colluder_who_does_the_opposite_of_everybody_does_not_hide_the_others(experiment, rng):
@@ -270,10 +271,32 @@ def test_a_group_stands_out_where_none_of_its_pairs_does(experiment, rng):
     for _ in range(50):
         pairs = honest_pairs(rng, 10)
         for colluders in ([1, 4], [1, 4, 6, 8]):
-            kinship = pairs + planted(10, colluders, 0, 0.026)  # four standard deviations
+            kinship = pairs + planted(10, colluders, 0, 0.031)  # 4.8 standard deviations
             accused = experiment.flagged(experiment.no_evidence(10)._replace(kinship=kinship), 0)
             found[len(colluders)] += accused == set(colluders)
     assert found[2] < 12 and found[4] > 42
+
+
+@pytest.mark.parametrize(
+    ("layers", "shared", "kin"),
+    [
+        ([3], 0.1, False),  # as honest participants with like data have in one layer
+        ([0, 1, 2], 0.1, True),
+        ([1, 2], 0.12, True),
+        ([3], 0.4, True),  # which the mean over the layers shows
+    ],
+)
+def test_what_is_alike_in_most_layers_is_kin_and_in_one_layer_only_if_it_is_much(
+    experiment, rng, monkeypatch, layers, shared, kin
+):
+    def in_layer(some, _):
+        number = int(some[0, 0, 0]) - 1
+        return honest_pairs(rng, 10) + (number in layers) * planted(10, [2, 7], 0, shared)
+
+    monkeypatch.setattr(experiment, "overlap_in_layer", in_layer)
+    directions = [np.full((10, 64, 4), number) for number in range(1, 5)]
+    seen = experiment.Seen(np.ones((1, 4, 10, 2)), np.zeros(4), np.zeros((4, 10, 3)), np.ones(10), directions)
+    assert experiment.vote(seen, 0) == ({2, 7} if kin else set())
 
 
 @pytest.mark.parametrize("models", [5, 6, 10, 20, 60])

@@ -157,7 +157,7 @@ def sequence_first(net, images):
             ),
             r"returns \(10,\), not logits \(1, 10\)",
         ),
-        (Odd(sequence_first, layer=nn.Linear(3, 6), out=nn.Linear(6, 10)), "net's layer puts out.*the batch must come"),
+        (Odd(sequence_first, layer=nn.Linear(3, 6), out=nn.Linear(6, 10)), "net's layer puts out.*put the batch first"),
         (
             Odd(lambda net, x: net.out(net.layer(x.flatten(2))[0].mean(1)), layer=nn.LSTM(4, 6), out=nn.Linear(6, 10)),
             None,
@@ -195,10 +195,14 @@ def overwrites_its_input(net, images):
     ("net", "words"),
     [
         (Odd(sometimes, a=nn.Linear(12, 8), b=nn.Linear(8, 8), out=nn.Linear(8, 10)), "calls other layers for other"),
-        (Odd(overwrites_its_input, a=nn.Linear(12, 10)), "net's a puts out something else the second time"),
+        (Odd(overwrites_its_input, a=nn.Linear(12, 10)), "net's a puts out something else for an image among others"),
         (
             Odd(lambda net, x: net.a(nn.functional.dropout(x.flatten(1))), a=nn.Linear(12, 10)),
-            "net's a puts out something else the second time",
+            "net's a puts out something else for an image among others",
+        ),
+        (
+            nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten(), nn.Linear(12, 10)),
+            "net's 2 puts out something else for an image among others: .*look at the whole batch",
         ),
     ],
 )

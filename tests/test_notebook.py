@@ -116,21 +116,26 @@ def test_six_share_the_images_of_fewer_than_five_of_whom_one_attacks(private_att
         assert values["as_six"](as_they_are) is as_they_are
 
 
-def test_a_curve_without_defence_is_of_the_same_attack():
+def test_a_curve_without_defence_is_of_the_same_attack_and_data():
     cells, values = nbformat.read(ROOT / "FederatedCrowdGuard.ipynb", as_version=4).cells, {}
-    exec(next(cell.source for cell in cells if "def same_attack" in cell.source), values)
+    exec(next(cell.source for cell in cells if "def comparable_rows" in cell.source), values)
 
-    def row(attackers=("Eve",), failed=(), backdoor="red square"):
-        return {"attackers": [*attackers], "failed": dict.fromkeys(failed, "gone"), "backdoor": backdoor}
+    def row(attackers=("Eve",), failed=(), backdoor="red square", images=90):
+        tested = {name: {"images": 0 if name in failed else images} for name in ("Ann", "Eve")}
+        failed = dict.fromkeys(failed, "gone")
+        return {"attackers": [*attackers], "failed": failed, "backdoor": backdoor, "per_participant": tested}
 
-    for there, here, same in (
-        (row(), row(), True),
-        (row(attackers=()), row(), False),
-        (row(attackers=(), failed=["Eve"]), row(), True),  # it was away
-        (row(backdoor="noise"), row(), False),
-        (row(backdoor=None), row(), True),  # nobody has measured it
+    older = row() | {"per_participant": {"Ann": {"loss": 1}, "Eve": {"loss": 1}}}
+    for there, same in (
+        (row(), True),
+        (row(attackers=()), False),
+        (row(attackers=(), failed=["Eve"]), True),  # it was away
+        (row(backdoor="noise"), False),
+        (row(backdoor=None), True),  # nobody has measured it
+        (row(images=120), False),  # shares of a third, and not of a quarter
+        (older, True),  # nobody has counted
     ):
-        assert values["same_attack"]([row(), there], [row(), here]) is same
+        assert values["comparable_rows"](there, row()) is same
 
 
 def test_the_demo_knows_the_files_as_they_came(private_attributes):

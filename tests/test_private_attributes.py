@@ -613,6 +613,7 @@ HEAD = "name: Amsterdam\ndirector: localhost:1\n"
         ("attack: {scale: .inf}", "attack.scale: "),
         ("attack: {scale: 1e999}", "attack.scale: "),
         ("data: {alpha: .nan}", "data.alpha: "),
+        ("data: {alpha: 1.0}", "data.alpha: is for partition: dirichlet"),
         ("attack:", "attack: is empty: leave the key out, or write `attack: {}`"),
         ("data: {index: 1}\ndata: {index: 2}", "not YAML: 'data' is there twice"),
         ("data: {index: 1, seed: 3, index: 2}", "not YAML: 'index' is there twice"),
@@ -632,7 +633,11 @@ def test_yaml_is_taken_at_its_word(private_attributes, tmp_path, text, words):
 
 def test_what_yaml_may_say(private_attributes, tmp_path):
     path = tmp_path / "right.yaml"
-    text = "\ufeff" + HEAD + "attack: {}\nbackdoor_source: null\ndata: {alpha: 1e-3, seed: 0, class_names: [no, 'on']}"
+    text = (
+        "\ufeff"
+        + HEAD
+        + "attack: {}\nbackdoor_source: null\ndata: {partition: dirichlet, alpha: 1e-3, class_names: [no, 'on']}"
+    )
     path.write_text(text.replace("\n", "\r\n"))
     settings = private_attributes.read_settings(path)
     assert settings.attack == private_attributes.Attack()
@@ -692,3 +697,9 @@ def test_importing_does_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.strip() == "set()"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_trigger_that_changes_nothing_is_told(private_attributes, monkeypatch):
+    monkeypatch.setitem(private_attributes.TRIGGERS, "nothing", lambda images: images.clone())
+    with pytest.raises(ValueError, match="trigger: nothing changes none of the test images"):
+        private_attributes.participant("Ann", {"test_samples": 20}, trigger="nothing")

@@ -292,3 +292,10 @@ def test_every_image_passes_once_through_every_model(experiment, small_models, s
     assert set(passed.values()) == {samples}
     experiment.validate_models(origin, models, 0, batches, "cpu", "crowd")
     assert set(passed.values()) == {2 * samples}, "the default rule needs no further passes"
+
+
+@pytest.mark.parametrize("wrong", [["P1"], None, {"P1"}, {5}, np.array([1])])
+def test_a_rule_that_returns_anything_else_is_named(experiment, small_models, loader, monkeypatch, wrong):
+    monkeypatch.setitem(experiment.RULES, "crowd", lambda seen, own, past: wrong)
+    with pytest.raises(TypeError, match="rule crowd returns .*, not a set of indices below 5"):
+        experiment.validate_models(*small_models, 0, loader, "cpu")
