@@ -74,10 +74,11 @@ def copies(trained: Trained, setting: Setting) -> list[dict]:
 
 
 def parts(model) -> dict:
-    """Names of the parameters of the first convolution, of the others, and of the linear layers."""
+    """Names of the first convolution, of the others, of the linear layers, and of these with one or two middle ones."""
     convolutions = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
     linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    return {"first": convolutions[:1], "middle": convolutions[1:], "linear": linear}
+    one, two = [convolutions[2], *linear], [*convolutions[-2:], *linear]
+    return {"first": convolutions[:1], "middle": convolutions[1:], "linear": linear, "one": one, "two": two}
 
 
 def only(part: str):
@@ -155,7 +156,8 @@ PATIENCE = 4  # steps between two looks at the statistics
 
 
 def against(*statistics: str):
-    """Colluders who train together, each with an honest twin, and pay for what the rule would see of them.
+    """Colluders who train together, each with an honest twin, and pay for what the rule would see of them: kinship by
+    the mean over the layers, which the rule looks at over rounds (in a round by the median), and the effect.
 
     Args:
         statistics: "kinship": the energy of an update in the principal directions of the others'; "effect": the hidden
@@ -263,6 +265,8 @@ EVASIONS = {
     "noisy": Evasion(noisy),
     "copies": Evasion(copies),
     "linear layers only": Evasion(only("linear")),
+    "linear and one middle": Evasion(only("one")),
+    "linear and two middle": Evasion(only("two")),
     "middle only": Evasion(only("middle")),
     "first only": Evasion(only("first")),
     "slow": Evasion(slow),

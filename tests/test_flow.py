@@ -480,3 +480,9 @@ def test_what_the_optimiser_freezes_travels_all_the_same(experiment, run, monkey
 
     monkeypatch.setattr(experiment, "make_optimizer", head_first)
     assert [row["failed"] for row in run(rounds=2).history] == [{}, {}]
+
+
+@pytest.mark.parametrize(("changes", "told"), [({}, 1), ({"aggregation": "FedAvg"}, 0), ({"rule": "paper"}, 0)])
+def test_it_is_said_once_if_only_logits_tell_colluders(run, caplog, changes, told):
+    run(rounds=1, width=8, **changes)
+    assert caplog.text.count("no convolution after the first has 64 outputs: only logits tell colluders") == told
