@@ -36,11 +36,8 @@ from scipy import stats
 from tqdm import tqdm
 
 matplotlib.use("Agg")
-KINDS = {
-    "norms": ["norms"],
-    "effects": ["effects"],
-    "kinship": ["kinship", "lasting"],
-}  # what can speak in a first round
+# What can speak in a first round; `lasting` is then kinship by the mean over the layers.
+KINDS = {"norms": ["norms"], "effects": ["effects"], "kinship": ["kinship", "lasting"]}
 PARTITIONS = (None, 0.5)
 
 
