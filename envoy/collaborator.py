@@ -142,6 +142,7 @@ class DirectorClient(EnvoyDirectorClient):
 
     def __init__(self, address: str, name: str, identity: Identity):
         self.envoy_name, self.address, self.identity = name, address, identity
+        self.period = PAUSE  # seconds from one heartbeat to the next; the director says how many
         self.connect()
 
     def connect(self) -> None:
@@ -159,10 +160,14 @@ class DirectorClient(EnvoyDirectorClient):
         return list(super().get_experiment_data(experiment_name))
 
     def send_health_check(self, envoy_name, is_experiment_running):
-        """A heartbeat; returns the seconds to the next one."""
+        """A heartbeat; returns the seconds to the next one, half as many if this one is lost: two periods without any
+        may be too long, see `check_heartbeats` at the director."""
         status = director_pb2.UpdateEnvoyStatusRequest(name=envoy_name, is_experiment_running=is_experiment_running)
+        half = self.period / 2
         try:
-            return self.stub.UpdateEnvoyStatus(status, timeout=PAUSE).health_check_period.seconds
+            answer = self.stub.UpdateEnvoyStatus(status, timeout=max(1, half))
+            self.period = answer.health_check_period.seconds
+            return self.period
         except grpc.RpcError as error:
             give_way(error)
             try:
@@ -172,7 +177,7 @@ class DirectorClient(EnvoyDirectorClient):
                 self.connect()
             except OSError as trouble:  # it does not want us, or our certificates are not there: not the end
                 log.warning("no heartbeat: %s", trouble)
-            return PAUSE
+            return half
 
 
 class Participant(envoy.Envoy):
