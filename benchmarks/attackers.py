@@ -240,7 +240,7 @@ def highest_overlap(trained: Trained, models) -> float:
     _, found = experiment.look_at_updates(
         trained.reference, [model.state_dict() for model in models], dict.fromkeys(trained.layers)
     )
-    shared = experiment.overlap(found, found)
+    shared = experiment.overlap(found, found).mean(axis=0)
     return float((shared - 2 * torch.eye(len(models)).numpy()).max())
 
 

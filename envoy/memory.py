@@ -63,9 +63,9 @@ def check_settings(folder: Path, settings: dict) -> None:
             path.write_text(json.dumps(chosen))
         except OSError as error:  # a full disk: the run goes on all the same
             log.warning("the settings cannot be kept: %s", error)
-    for key in sorted(before.keys() | chosen.keys()):
-        if (now := chosen.get(key)) != (then := before.get(key)):
-            raise ValueError(f"{key} is {now}, but was {then} when the run began: choose the same, or remove {path}")
+    pairs = {key: (chosen.get(key), before.get(key)) for key in sorted(before.keys() | chosen.keys())}
+    if others := [f"{key} is {now}, but was {then}" for key, (now, then) in pairs.items() if now != then]:
+        raise ValueError(f"the run began with other settings (choose them, or remove {path}): {', '.join(others)}")
 
 
 def flat(settings: dict) -> dict:

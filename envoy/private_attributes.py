@@ -204,7 +204,10 @@ def load(data: Data) -> list[Source]:
     folder, parts = data.folder and data.folder.expanduser(), []
     try:
         for train in (True, False):
-            part = Source(*SOURCES[data.source](folder, train))
+            found = SOURCES[data.source](folder, train)
+            if not (isinstance(found, tuple) and 2 <= len(found) <= len(Source._fields)):
+                raise ValueError(f"data.source: {data.source} returns {found!r:.60}, not {', '.join(Source._fields)}")
+            part = Source(*found)
             names = part.classes and [unicodedata.normalize("NFC", name) for name in part.classes]
             parts.append(part._replace(labels=np.asarray(part.labels), classes=names))
     except (OSError, RuntimeError) as error:

@@ -166,7 +166,7 @@ class Federation(FederatedRuntime):
 
     def get_flow_state(self):
         try:
-            with heartbeat("waiting for the director"):
+            with heartbeat("waiting for the director", every=15):  # it says every ten for whom it waits itself
                 self.follow()
                 self.final_state = self.insist(lambda: self._runtime_dir_client.get_flow_state(self.name))
         except KeyboardInterrupt:

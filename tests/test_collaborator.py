@@ -146,9 +146,12 @@ def test_a_run_is_kept_in_no_other_folder(participant, workspace, run):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"data": {"seed": 2, "train_samples": None}}, "data.seed is 2, but was 1 when the run began: choose the same"),
-        ({"attack": {"pdr": 0.5}}, "attack.pdr is 0.5, but was None when the run began"),
-        ({"trigger": "noise"}, "trigger is noise, but was None when the run began"),
+        ({"data": {"seed": 2, "train_samples": None}}, "data.seed is 2, but was 1"),
+        ({"attack": {"pdr": 0.5}}, "attack.pdr is 0.5, but was None"),
+        (
+            {"data": {"seed": 2, "train_samples": None}, "trigger": "noise"},
+            "data.seed is 2, but was 1, trigger is noise, but was None",
+        ),
     ],
 )
 def test_a_run_goes_on_with_the_settings_with_which_it_began(participant, workspace, changed, words):
@@ -157,7 +160,8 @@ def test_a_run_goes_on_with_the_settings_with_which_it_began(participant, worksp
         assert participant.prepare(plan())[0], "the same settings"
     before, participant.settings = participant.settings, participant.settings | changed
     flow, reason, _ = participant.prepare(plan())
-    assert flow is None and re.search(words, reason)
+    assert flow is None and reason.endswith(words)
+    assert re.search(r"began with other settings \(choose them, or remove .*settings.json\)", reason)
     assert participant.prepare(plan(run="two"))[0], "another run"
     participant.settings = before
     assert participant.prepare(plan())[0]

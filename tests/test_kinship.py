@@ -69,7 +69,7 @@ def test_principal_directions_span_what_a_plain_decomposition_finds(experiment, 
 def test_neither_sign_nor_scale_enters(experiment, rng, factor):
     update = torch.from_numpy(rng.normal(size=(OUTPUTS, 54)))
     once, scaled = (experiment.principal_directions(u)[None] for u in (update, factor * update))
-    assert experiment.overlap([once], [scaled])[0, 0] == pytest.approx(1 - RANK / OUTPUTS)
+    assert experiment.overlap([once], [scaled]).item() == pytest.approx(1 - RANK / OUTPUTS)
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
@@ -152,7 +152,7 @@ def test_convolutions_that_are_frozen_or_never_used_cost_nobody_its_vote(experim
     assert experiment.vote(seen, 0) == {7, 8, 9}
     used = experiment.overlap(seen.directions[:-1], seen.directions[:-1])
     np.testing.assert_allclose(experiment.overlap(seen.directions, seen.directions), used)
-    assert used.diagonal().min() > experiment.COPY, "a copy is known as one"
+    assert used.mean(axis=0).diagonal().min() > experiment.COPY, "a copy is known as one"
 
 
 def test_where_nobody_has_moved_nobody_is_alike(experiment):

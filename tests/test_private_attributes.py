@@ -431,6 +431,8 @@ def test_a_source_of_one_s_own_needs_two_things(private_attributes, monkeypatch)
         ((np.array(["a", "b"] * 20), lambda p: torch.rand(len(p), 9)), "must be integers from 0 on"),
         ((np.arange(40) % 4 - 1, lambda p: torch.rand(len(p), 9)), "must be integers from 0 on"),
         ((np.arange(40).reshape(20, 2), lambda p: torch.rand(len(p), 9)), "one for each image"),
+        (None, "data.source: odd returns None, not labels, read, classes, mean, std"),
+        ((np.arange(40) % 4,), "data.source: odd returns"),
     ],
 )
 def test_a_source_that_does_not_fit_is_told_so(private_attributes, monkeypatch, returned, words):
