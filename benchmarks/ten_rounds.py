@@ -48,7 +48,7 @@ PARTS = {
 PAUSES = {"alternating"}  # parts in which attackers behave in every second round
 
 
-def runs(parts, seeds) -> list[tuple]:
+def runs(parts, seeds, defences=DEFENCES) -> list[tuple]:
     """(part, setting, seed, defence), what is asked first coming first."""
     crowds = [
         (part, replace(PARTS[part], crowd=replace(PARTS[part].crowd, alpha=alpha)), seed)
@@ -56,7 +56,7 @@ def runs(parts, seeds) -> list[tuple]:
         for part in parts
         for alpha in (None, 0.5)
     ]
-    return [(*crowd, d) for crowd in crowds for d in DEFENCES if crowd[1].attackers or d == "crowd"]
+    return [(*crowd, d) for crowd in crowds for d in defences if crowd[1].attackers or d == "crowd"]
 
 
 def ballots(global_model, models, loaders, setting: Setting, pasts: list) -> np.ndarray:
@@ -100,10 +100,10 @@ def play(folder: Path, part: str, setting: Setting, seed: int, defence: str) -> 
     return rows
 
 
-def missing(parts, seeds, path: Path) -> list[tuple]:
+def missing(parts, seeds, defences, path: Path) -> list[tuple]:
     """What is not in the CSV yet."""
     known = done(path, "part", "alpha", "seed", "defence")
-    return [run for run in runs(parts, seeds) if (run[0], run[1].crowd.alpha or 0, *run[2:]) not in known]
+    return [run for run in runs(parts, seeds, defences) if (run[0], run[1].crowd.alpha or 0, *run[2:]) not in known]
 
 
 def picture(rows: pd.DataFrame, path: Path) -> None:
@@ -126,11 +126,12 @@ def main():
     parser = arguments(__doc__, parallel=False)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[*JUDGING])
+    parser.add_argument("--defences", nargs="+", choices=DEFENCES, default=[*DEFENCES])
     parser.add_argument("--results", type=Path, default=RESULTS / "ten_rounds.csv")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.results.parent.mkdir(exist_ok=True)
-    for run in tqdm(missing(args.parts, args.seeds, args.results), desc="runs of ten rounds"):
+    for run in tqdm(missing(args.parts, args.seeds, args.defences, args.results), desc="runs of ten rounds"):
         append(args.results, play(args.folder, *run))
     rows = pd.read_csv(args.results)
     if (rows["part"] == "faint").any():

@@ -72,3 +72,14 @@ def test_every_trigger_changes_images_and_leaves_pixels_in_range(detection):
         before, triggered = pixels.clone(), trigger(pixels)
         assert torch.equal(pixels, before), "a copy"
         assert triggered.min() >= 0 and triggered.max() <= 1 and (triggered != pixels).any()
+
+
+def test_what_a_pair_has_in_common_stands_out_in_its_layer_alone(detection):
+    import layers
+
+    rng = np.random.default_rng(6)
+    noise = rng.normal(0.02, 0.01, (3, 10, 10))
+    noise[1, 2, 7] += 0.2
+    symmetric = np.triu(noise, 1) + np.triu(noise, 1).transpose(0, 2, 1)
+    found = layers.standardised(symmetric)
+    assert found[1, 2, 7] == found[1, 7, 2] > 15 and np.abs(found[[0, 2], 2, 7]).max() < 5
