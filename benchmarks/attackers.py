@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rounds import ALL_TRIGGERS, TARGET, TRIGGERS, Role, Setting, Trained, experiment, poisoned, private_attributes
@@ -156,8 +157,8 @@ PATIENCE = 4  # steps between two looks at the statistics
 
 
 def against(*statistics: str):
-    """Colluders who train together, each with an honest twin, and pay for what the rule would see of them: kinship by
-    the mean over the layers, which the rule looks at over rounds (in a round by the median), and the effect.
+    """Colluders who train together, each with an honest twin, and pay for what the rule would see of them: kinship, by
+    the median over the layers (in a round) and by the mean (over rounds), and the effect.
 
     Args:
         statistics: "kinship": the energy of an update in the principal directions of the others'; "effect": the hidden
@@ -184,7 +185,7 @@ def train_together(trained: Trained, roles: list[Role], statistics) -> list[dict
     clean = [trained.shares[role.participant] for role in roles]
     normal = [private_attributes.as_loader(*share, 64).dataset.tensors[0][:64] for share in clean]
     allowed = [distance(trained, twin, images) for twin, images in zip(twins, normal, strict=True)]
-    usual = highest_overlap(trained, twins)
+    usual = highest_overlaps(trained, twins)
     weights = dict.fromkeys(statistics, 1.0)
     directions, step = [None] * len(models), 0
     for _ in range(EPOCHS):
@@ -203,7 +204,7 @@ def train_together(trained: Trained, roles: list[Role], statistics) -> list[dict
             if step % PATIENCE == 0:
                 directions = [directions_of(trained, model) for model in models]
                 if "kinship" in statistics:
-                    weights["kinship"] *= 2 if highest_overlap(trained, models) > usual else 0.5
+                    weights["kinship"] *= 2 if (highest_overlaps(trained, models) > usual).any() else 0.5
                 if "effect" in statistics:
                     ratios = [distance(trained, mo, im) / a for mo, im, a in zip(models, normal, allowed, strict=True)]
                     weights["effect"] *= 2 if max(ratios) > 1 else 0.5
@@ -236,12 +237,13 @@ def directions_of(trained: Trained, model) -> list:
     ]
 
 
-def highest_overlap(trained: Trained, models) -> float:
+def highest_overlaps(trained: Trained, models) -> np.ndarray:
+    """Of the closest pair, by the mean and by the median over the layers."""
     _, found = experiment.look_at_updates(
         trained.reference, [model.state_dict() for model in models], dict.fromkeys(trained.layers)
     )
-    shared = experiment.overlap(found, found).mean(axis=0)
-    return float((shared - 2 * torch.eye(len(models)).numpy()).max())
+    apart = experiment.overlap(found, found)[:, ~np.eye(len(models), dtype=bool)]  # layer, pair
+    return np.array([apart.mean(axis=0).max(), np.median(apart, axis=0).max()])
 
 
 def shared_energy(trained: Trained, model, directions: list, own: int):
