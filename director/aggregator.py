@@ -37,6 +37,7 @@ import traceback
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -110,7 +111,7 @@ class Aggregator(aggregator.Aggregator):
         except (Exception, SystemExit) as failure:  # its code may call exit
             log.exception("the flow failed")
             place = traceback.extract_tb(failure.__traceback__)[-1]  # which says more than our own words do
-            where = "" if place.filename == __file__ else f" ({place.name}, line {place.lineno})"
+            where = "" if place.filename == __file__ else f" ({Path(place.filename).name}:{place.lineno}, {place.name})"
             error = f"{type(failure).__name__}: {failure}{where}"
         finally:
             log.removeHandler(handler)

@@ -286,6 +286,8 @@ def as_loader(images, labels, batch_size: int, shuffle: bool = False, mean=None,
 
 # --- What OpenFL asks for ---------------------------------------------------------------------------------------
 
+ASKED = ("attacks", "training_data", "update", "vote")  # of an adversary
+
 
 def check_backdoor(parts: list[Source], trigger: str, target: int, source: int | None) -> None:
     """`ValueError`, which begins with the key at fault, if there is nothing to measure, or not on these data."""
@@ -358,9 +360,13 @@ def participant(
     adversary = None
     if attack is not None:
         attack = Attack.model_validate(attack)
+        if attack.accomplices and name not in attack.accomplices:
+            raise ValueError(f"attack.accomplices: {name} itself must be among them")
         put = functools.partial(triggered, trigger)
         poisoned = poison(*train, backdoor_target, attack.pdr, data.seed, put, backdoor_source)
         adversary = ATTACKS[attack.kind](attack, loader(*poisoned, data.batch_size, shuffle=True))
+        if missing := [method for method in ASKED if not callable(getattr(adversary, method, None))]:
+            raise ValueError(f"attack.kind: {attack.kind} lacks the method {missing[0]}, see Backdoor in attacks.py")
     return {
         "train_loader": loader(*train, data.batch_size, shuffle=True),
         "test_loader": loader(*test, 256),

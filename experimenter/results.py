@@ -59,13 +59,13 @@ def set_aside(results: Path, resume: str) -> None:
     print(f"what {run} has left is in {aside}")
 
 
-def what_stays(results: Path, run: str) -> dict:
-    """The curve of plain FedAvg that a run which goes on has left there: it may not be run again."""
+def left_before(results: Path, run: str) -> dict:
+    """What a run that goes on has left there, or nothing: keys as in `history.json`."""
     try:
         kept = json.loads((results / "history.json").read_text())
     except (OSError, ValueError):
         return {}
-    return {"undefended": kept.get("undefended", [])} if kept.get("run") == run else {}
+    return kept if kept.get("run") == run else {}
 
 
 def write(path: Path, content: bytes) -> None:
@@ -100,7 +100,9 @@ class Results:
         """Writes what there is; `reached` are keys of `history.json`."""
         grown = len(reached.get("federation", [])) > len(self.reached["federation"])
         if (run := reached.get("run")) and not self.reached["run"]:
-            self.reached |= what_stays(self.folder, run)
+            before = left_before(self.folder, run)
+            self.reached["undefended"] = before.get("undefended", [])  # which may not be run again
+            self.logged = {name: len(before.get(key, [])) for name, key in HISTORIES.items()}
         self.reached |= reached
         write(self.folder / "history.json", json.dumps(self.reached, indent=1).encode())
         histories = {name: self.reached[key] for name, key in HISTORIES.items()}

@@ -33,6 +33,7 @@ from experimenter.cells import check_exports, exported  # noqa: E402
 NOISE = re.compile(r"\s*$|(Aggregator|Collaborator) step .* registered|.*: \S+ has trained, ")
 OPENFL = re.compile(r"Exception: FederatedRuntime: Experiment \S+ failed to run due to error: ")  # before our words
 WHERE = "(SET=…, --set)"  # from where a setting comes
+INSPECTION = {"rule", "validation_samples", "validators_per_round", "message_mb"}  # settings that need it
 TELL = 20  # seconds between signs of life while the notebook explains
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -219,6 +220,9 @@ def main():
         raise SystemExit(f"{twice[0]} {WHERE}: is given twice")
     notebook = with_settings(nbformat.read(NOTEBOOK, as_version=4), args.config, [parse_change(t) for t in args.set])
     config = check(notebook)
+    given = {text.partition("=")[0] for text in args.set}
+    if config.aggregation != "CrowdGuard" and (idle := given & INSPECTION):
+        raise SystemExit(f"{min(idle)} {WHERE}: does nothing with aggregation={config.aggregation}: nobody inspects")
     try:
         check_exports(notebook)
     except ValueError as error:

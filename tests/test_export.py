@@ -80,6 +80,7 @@ def test_a_wrong_setting_is_told_before_anything_is_started(change, told):
         (["rounds=3", "rounds=4"], "rounds (SET=…, --set): is given twice"),
         (["class=2"], "class=2 (SET=…, --set): must be name=value without blanks"),
         (["data.alpha=1.0"], "data.alpha=1.0 (SET=…, --set): has a dot, so it is a setting of the participants"),
+        (["aggregation=FedAvg", "rule=paper"], "rule (SET=…, --set): does nothing with aggregation=FedAvg"),
     ],
 )
 def test_what_is_no_setting_is_told_in_one_line(tmp_path, changes, told):

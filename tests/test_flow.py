@@ -436,6 +436,24 @@ def test_an_aggregation_that_forgets_a_tensor_ends_the_run_and_says_which(experi
         run(aggregation="FedAvg", rounds=1)
 
 
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (lambda states: None, "TypeError: cannot unpack .*aggregate: accepted, state = "),
+        (lambda states: next(iter(states.values())), "ValueError: too many values to unpack"),
+        (lambda states: (["Zed"], next(iter(states.values()))), "ValueError: Zed is accepted, and has sent no update"),
+        (lambda states: ([], {n: v * torch.nan for n, v in states["Detroit"].items()}), ".* is not finite"),
+        (lambda states: ([], dict.fromkeys(states["Detroit"], [])), "AttributeError: 'list' object"),
+        (lambda states: states["Nobody"], r"KeyError: 'Nobody' \(<lambda>: .*states\[\"Nobody\"\]"),
+    ],
+)
+def test_an_aggregation_that_goes_wrong_is_named(experiment, run, monkeypatch, returned, words):
+    """And ends the run, whose model would never change."""
+    monkeypatch.setitem(experiment.AGGREGATIONS, "FedAvg", lambda states, reference: returned(states))
+    with pytest.raises(RuntimeError, match=f"aggregation FedAvg: {words}"):
+        run(aggregation="FedAvg", rounds=1)
+
+
 def half_frozen(experiment, monkeypatch):
     """From now on the first net has a frozen layer, and BatchNorm."""
     make = experiment.initial_model

@@ -253,6 +253,11 @@ def test_tensors_that_cannot_be_averaged_are_named(experiment, net, words):
         experiment.check_net(net())
 
 
+def test_a_weight_without_a_shape_does_not_stop_those_who_look_before_it_is_told(experiment):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(64, 3), nn.LazyLinear(8))
+    assert experiment.inspected_layers(net) == [net[0]] and experiment.middle_layers(net) == []
+
+
 @pytest.mark.parametrize(
     ("kept", "differs"), [([4, 4], None), ([5, 4], "0.bias"), ([4, 4, 4], "2.bias"), ([4], "1.bias")]
 )

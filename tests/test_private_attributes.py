@@ -120,6 +120,23 @@ def test_the_adversary_waits_for_its_round(private_attributes):
     assert adversary.vote(3, votes) == {"A": 0, "X": 1, "Y": 1}
 
 
+def test_an_adversary_that_cannot_do_all_that_it_is_asked_is_told_so(private_attributes, monkeypatch):
+    class Silent:
+        def __init__(self, attack, poisoned_loader):
+            pass
+
+        attacks = training_data = update = lambda self, *_: None
+
+    monkeypatch.setitem(private_attributes.ATTACKS, "silent", Silent)
+    with pytest.raises(ValueError, match="attack.kind: silent lacks the method vote"):
+        private_attributes.participant("A", {}, attack={"kind": "silent"})
+
+
+def test_an_attacker_is_one_of_its_accomplices(private_attributes):
+    with pytest.raises(ValueError, match="attack.accomplices: Dana itself must be among them"):
+        private_attributes.participant("Dana", {}, attack={"accomplices": ["Dna"]})
+
+
 @pytest.fixture
 def image_tree(tmp_path):
     """Three classes with eight training and four test images each."""

@@ -135,6 +135,13 @@ def test_event_files_hold_each_round_once(results, tmp_path):
     assert [path.read_bytes().count(b"main_accuracy") for path in files] == [1, 1]
 
 
+def test_a_run_that_goes_on_writes_the_rounds_that_are_new(results, tmp_path, experiment):
+    results.keep(run="run-1", federation=[ROW])
+    Results(tmp_path, experiment.demo).keep(run="run-1", federation=[ROW, ROW | {"round": 2}])
+    files = sorted((tmp_path / "tensorboard").rglob("events*"), key=lambda path: path.name[-4:])
+    assert [path.name[-4:] for path in files] == ["0001", "0002"]
+
+
 def test_results_are_written_without_a_thread(results, monkeypatch):
     """Whose queue's lock Ctrl-C could leave taken, so that the run would hang instead of being stopped."""
     monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail(f"{thread} was started"))

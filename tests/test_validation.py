@@ -299,3 +299,18 @@ def test_a_rule_that_returns_anything_else_is_named(experiment, small_models, lo
     monkeypatch.setitem(experiment.RULES, "crowd", lambda seen, own, past: wrong)
     with pytest.raises(TypeError, match="rule crowd returns .*, not a set of indices below 5"):
         experiment.validate_models(*small_models, 0, loader, "cpu")
+
+
+def test_a_rule_that_fails_is_named_with_its_line(experiment, small_models, loader, monkeypatch):
+    monkeypatch.setitem(experiment.RULES, "crowd", lambda seen, own, past: {seen.nonsense})
+    with pytest.raises(RuntimeError, match=r"rule crowd: AttributeError: .*'nonsense' \(<lambda>: .*seen.nonsense"):
+        experiment.validate_models(*small_models, 0, loader, "cpu", "crowd")
+
+
+def test_memory_that_a_rule_lacks_is_not_the_rule_s_fault(experiment, small_models, loader, monkeypatch):
+    def greedy(seen, own, past):
+        raise MemoryError
+
+    monkeypatch.setitem(experiment.RULES, "crowd", greedy)
+    with pytest.raises(MemoryError):
+        experiment.validate_models(*small_models, 0, loader, "cpu", "crowd")

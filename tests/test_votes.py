@@ -89,6 +89,17 @@ def test_malformed_ballots_are_left_out_and_reported(experiment, votes):
     assert experiment.count_votes(ballots, models) == ["A", "B"]
 
 
+@pytest.mark.parametrize(
+    ("voted_for", "rule", "accepted"),
+    [("E", "crowd", []), ("AE", "crowd", []), ("ABE", "crowd", ["A", "B", "E"]), ("E", "paper", ["E"])],
+)
+def test_whoever_votes_alone_does_not_take_the_model_over(experiment, caplog, voted_for, rule, accepted):
+    """Of few validators who are drawn, most may be attackers; honest ones leave more than half."""
+    ballots = {"E": {name: int(name in voted_for) for name in "ABCE"}}
+    assert experiment.count_votes(ballots, [*"ABCE"], rule) == accepted
+    assert ("half of the models or more are voted out" in caplog.text) is (not accepted)
+
+
 def test_nobody_is_trusted_and_the_global_model_stays(experiment):
     reference = experiment.initial_model(experiment.demo).state_dict()
     ballots = {"A": {"A": 0, "B": 0}, "B": {"A": 0, "B": 0}}
