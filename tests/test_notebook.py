@@ -63,7 +63,7 @@ def play(tmp_path, monkeypatch):
         values, printed = {"__name__": "notebook"}, io.StringIO()
         cells = nbformat.read(ROOT / "FederatedCrowdGuard.ipynb", as_version=4).cells
         last = next(i for i, cell in enumerate(cells) if cell.source.startswith(until))
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             for cell in cells[:last]:
                 if cell.cell_type == "code":
                     exec(compile(cell.source, cell.id, "exec"), values)
