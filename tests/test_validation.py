@@ -301,9 +301,16 @@ def test_a_rule_that_returns_anything_else_is_named(experiment, small_models, lo
         experiment.validate_models(*small_models, 0, loader, "cpu")
 
 
-def test_a_rule_that_fails_is_named_with_its_line(experiment, small_models, loader, monkeypatch):
-    monkeypatch.setitem(experiment.RULES, "crowd", lambda seen, own, past: {seen.nonsense})
-    with pytest.raises(RuntimeError, match=r"rule crowd: AttributeError: .*'nonsense' \(<lambda>: .*seen.nonsense"):
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (lambda seen, own, past: {seen.nonsense}, r"AttributeError: .*'nonsense' \(<lambda>: .*seen.nonsense"),
+        (lambda seen, own, past: np.linalg.inv(np.ones((2, 3))), r"LinAlgError: .* \(<lambda>: .*np.linalg.inv"),
+    ],
+)
+def test_a_rule_that_fails_is_named_with_its_own_line(experiment, small_models, loader, monkeypatch, rule, words):
+    monkeypatch.setitem(experiment.RULES, "crowd", rule)
+    with pytest.raises(RuntimeError, match=f"rule crowd: {words}"):
         experiment.validate_models(*small_models, 0, loader, "cpu", "crowd")
 
 
