@@ -214,7 +214,7 @@ def test_the_round_goes_on_without_who_has_no_heartbeat(of_three):
 def test_slow_is_not_dead(of_three):
     """All of them work long, with heartbeats."""
     of_three.flow = Flow(timeout=1)
-    asked(of_three, answers_of(of_three, *THREE, after=2.5))
+    asked(of_three, answers_of(of_three, *THREE, after=1.5))
     assert all(of_three.clones_dict[name].report == b"update" for name in THREE)
 
 
@@ -231,9 +231,9 @@ def test_who_never_answers_is_left_out_and_the_next_time_when_the_others_have_an
 
 @pytest.mark.parametrize("names", [["Amsterdam"], NAMES])
 def test_one_or_two_are_not_waited_for_for_ever(aggregator, names):
-    aggregator.selected_collaborators, aggregator.flow = names, Flow(timeout=1, longest=2)
+    aggregator.selected_collaborators, aggregator.flow = names, Flow(timeout=0.5, longest=1)
     asked(aggregator, answers_of(aggregator, *names[1:]))
-    assert aggregator.clones_dict["Amsterdam"].report == "train: no answer within 2 s"
+    assert aggregator.clones_dict["Amsterdam"].report == "train: no answer within 1 s"
 
 
 def test_quick_colluders_do_not_choose_who_is_waited_for(aggregator, module, monkeypatch):
@@ -249,7 +249,7 @@ def test_quick_colluders_do_not_choose_who_is_waited_for(aggregator, module, mon
         await asyncio.gather(
             answers_of(aggregator, "Detroit", "Espoo")(),
             answers_of(aggregator, "Amsterdam", after=0.1)(),
-            answers_of(aggregator, "Bangalore", "Chandler", after=4)(),
+            answers_of(aggregator, "Bangalore", "Chandler", after=2)(),
         )
 
     asked(aggregator, meanwhile)
