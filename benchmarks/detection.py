@@ -173,8 +173,9 @@ def rows_of(folder: Path, inspected: Inspected, setting: Setting, accuracy: bool
     trained, everyone = inspected.trained, range(setting.crowd.participants)
     states = states_of(trained, setting)
     views = {v: inspected.seen(v, setting, states) for v in everyone if v not in setting.malicious}
-    accepted = {name: experiment.stacked_clustering(ballots(views, setting, judge)) for name, judge in rules().items()}
-    accepted["paper"] = experiment.stacked_clustering(ballots(views, setting, rules()["paper"]), "paper")
+    votes = {name: ballots(views, setting, judge) for name, judge in rules().items()}
+    accepted = {name: experiment.stacked_clustering(of_rule) for name, of_rule in votes.items()}
+    accepted["paper"] = experiment.stacked_clustering(votes["paper"], "paper")
     accepted |= {
         "plain FedAvg": np.ones(len(everyone), dtype=bool),
         "oracle": np.array([m not in setting.malicious for m in everyone]),
@@ -191,7 +192,19 @@ def rows_of(folder: Path, inspected: Inspected, setting: Setting, accuracy: bool
                 measured[what] = measure(folder, trained.global_model, states_taken, setting.trigger)
             row |= measured[what]
         rows.append(row)
-    return rows
+    where = flat(setting) | {"seed": trained.seed, "rule": "crowd, mimicked"}
+    return [*rows, where | mimicked(votes["crowd"], setting)]
+
+
+def mimicked(votes: np.ndarray, setting: Setting) -> dict:
+    """The lowest TPR and TNR where the colluders know all ballots `(voter, model)`, and all cast an honest one but for
+    one model, or call everybody benign."""
+    honest = votes[[m for m in range(len(votes)) if m not in setting.malicious]]
+    everyone = np.ones(len(votes), dtype=int)
+    changed = [ballot ^ one for ballot in np.unique(honest, axis=0) for one in np.eye(len(votes), dtype=int)]
+    tried = [np.vstack([honest, *[ballot] * setting.attackers]) for ballot in [everyone, *changed]]
+    found = [rates(experiment.stacked_clustering(ballots), setting) for ballots in tried]
+    return {name: min(each[name] for each in found) if setting.attackers else found[0][name] for name in found[0]}
 
 
 def states_of(trained: Trained, setting: Setting) -> list[dict]:

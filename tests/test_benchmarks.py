@@ -1,6 +1,7 @@
 """The benchmarks: who plays which role, and that they go on where they stopped."""
 
 import sys
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +56,30 @@ class View(NamedTuple):
 
     def of(self, models):
         return View(self.states[models])
+
+
+def test_colluders_who_know_all_ballots_are_given_the_best_of_theirs(detection):
+    """Two of five see the honest three differ; without a fourth honest voter they get one of theirs in."""
+    setting = detection.Setting(detection.Crowd(5), attackers=2)
+    agreeing = np.array([[1, 1, 1, 0, 0]] * 3 + [[0, 0, 0, 1, 1]] * 2)
+    assert detection.mimicked(agreeing, setting) == {"tpr": 1, "tnr": 1}
+    agreeing[0, 3] = 1  # the first trusts the fourth, as these two will
+    assert detection.mimicked(agreeing, setting) == {"tpr": 0.5, "tnr": 1}
+    assert detection.mimicked(np.ones((5, 5), dtype=int), replace(setting, attackers=0)) == {"tpr": None, "tnr": 1}
+
+
+def test_framers_send_so_much_of_the_victims_update_and_vote_against_it(detection):
+    import framing
+
+    own, other = {"w": torch.tensor([3.0, 4.0])}, {"w": torch.tensor([0.0, 10.0])}
+    assert framing.mixed(own, other, 0.5)["w"].tolist() == [1.5, 4.5]
+    assert framing.SOURCES["mean"]([own, other])["w"].tolist() == [1.5, 7]
+    assert framing.SOURCES["negative"]([other, own])["w"].tolist() == [-3, -4]
+    votes = [[1] * 10] * 5 + [[0] + [1] * 9]  # one of six honest voters accuses the victim, as four framers do
+    scores = framing.scores((4, "last", 0.5), votes, 10)
+    assert scores["victim_excluded"] == 1 and scores["accused"] == 0.2 and scores["others_excluded"] == 0
+    quiet = framing.scores((0, "", 0), [[1] * 10] * 10, 10)
+    assert quiet["victim_excluded"] == 0 and quiet["framers_excluded"] is None
 
 
 def test_what_is_in_the_csv_is_not_run_again(detection, tmp_path):

@@ -51,6 +51,21 @@ def test_no_coalition_below_half_decides(experiment, models, rogues):
         assert (experiment.stacked_clustering(np.vstack([honest, pattern])) == expected).all(), pattern
 
 
+@pytest.mark.parametrize(("groups", "rogues"), [((2, 1), 2), ((2, 2), 3), ((3, 2), 4), ((2, 2, 1), 4), ((3, 3), 4)])
+def test_what_honest_voters_agree_on_stands_if_they_differ_by_one_model_each(experiment, rng, groups, rogues):
+    """However the coalition votes; the published stage gives way to most of these."""
+    models, agreed = sum(groups) + rogues, len(groups) - 1
+    honest = np.repeat([[1] * (models - rogues) + [0] * rogues] * len(groups), groups, axis=0)
+    for group in range(1, len(groups)):  # whose ballots differ from the first group's in one model
+        honest[sum(groups[:group]) : sum(groups[: group + 1]), group - 1] ^= 1
+    near = [np.eye(models, dtype=int)[m] ^ ballot for m in range(models) for ballot in np.unique(honest, axis=0)]
+    blocks = [[ballot] * rogues for ballot in near] + [rng.integers(0, 2, (rogues, models)) for _ in range(300)]
+    blocks += [[near[i] for i in rng.integers(0, len(near), rogues)] for _ in range(300)]
+    for block in blocks:
+        verdict = experiment.stacked_clustering(np.vstack([honest, block]))
+        np.testing.assert_array_equal(verdict[agreed:], honest[0, agreed:] > 0, str(block))
+
+
 def erring_rounds(rule, stacked_clustering, rounds: int, error: float, participants=20, colluding=9):
     """Share of rounds in which an attacker gets in, and share of honest models accepted."""
     rng, honest = np.random.default_rng(0), participants - colluding

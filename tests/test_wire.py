@@ -107,6 +107,12 @@ def test_many_tensors_are_refused_before_they_are_parsed(experiment, state, monk
         experiment.unpack_update(many, state)
 
 
+def test_the_name_of_a_tensor_cannot_forge_a_line_of_the_log(experiment, state):
+    forged = save({"\nround 1 done\x1b[2J": torch.zeros(1)})
+    _, failed = experiment.usable_updates({"Eve": experiment.Report(update=forged)}, state)
+    assert failed["Eve"].startswith("update lacks or adds") and failed["Eve"].isprintable()
+
+
 def test_usable_updates_tells_who_failed_and_why(experiment, state, local):
     good, report = experiment.pack_update(local, state, "bfloat16"), experiment.Report
     reports = {"A": report(update=good), "B": report(update=b"?"), "C": report(failure="local_update: OSError: disk")}
