@@ -15,6 +15,7 @@ ROUNDS       ?= 50
 SEED         ?= 1
 
 BIN        := .venv/bin
+INSTALL    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 FEDERATION := $(BIN)/python local/federation.py $(if $(PARTICIPANTS),--participants $(PARTICIPANTS)) \
               $(if $(MALICIOUS),--malicious $(MALICIOUS)) $(foreach change,$(ENVOY),--set $(change))
 NOTEBOOK   := $(BIN)/python experimenter/run.py --config $(CONFIG) --results $(RESULTS) $(if $(RESUME),--resume $(RESUME)) $(foreach change,$(SET),--set $(change))
@@ -100,10 +101,11 @@ faults: .venv/ready
 soak: .venv/ready
 	SOAK_ROUNDS=$(ROUNDS) SOAK_SEED=$(SEED) SOAK_RESULTS=$(RESULTS)/soak $(BIN)/pytest tests/live/test_soak.py
 
-.venv/ready: requirements.txt envoy/requirements.txt
+.venv/ready: requirements.txt envoy/requirements.txt director/requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"$(PYTHON) is Python {v[0]}.{v[1]}: choose another one, as in make run PYTHON=python3.12")'
 	$(PYTHON) -m venv $(if $(wildcard .venv/ready),,--clear) .venv
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
+	$(INSTALL) -r requirements.txt
+	$(INSTALL) --no-deps -r director/requirements.txt
 	touch $@
 
 # What can be made again; results/ and runs/, with which a run can go on, stay.

@@ -97,7 +97,7 @@ class Aggregator(aggregator.Aggregator):
         self.changed, self.answered = asyncio.Condition(), asyncio.Event()
         self.silence, self.tell, self.keep, self.stopped, self.state = silence, tell, keep, None, None
         self.largest_answer, self.served, self.warned = 0, {}, set()  # `served`: participant → its process
-        self.late = set()  # participants whose last answer was not waited for any longer
+        self.late = set()  # (participant, step) whose last answer was not waited for any longer
         self.packing = weakref.WeakValueDictionary()  # (number, anew) of an assignment → what makes its part
 
     async def run_flow(self) -> None:
@@ -189,14 +189,15 @@ class Aggregator(aggregator.Aggregator):
         """
         started, usual = time.monotonic(), None
         words, spoken = f"round {self.known.round}, {step}", started
-        punctual = {*self.selected_collaborators} - self.late or {*self.selected_collaborators}
+        everybody = {*self.selected_collaborators}
+        punctual = {name for name in everybody if (name, step) not in self.late} or everybody
         while missing := list(self.open):
             now = time.monotonic()
             # Of three quarters half are honest, however quick colluders are: fewer than half of all.
             if usual is None and 4 * len(punctual.intersection(missing)) <= len(punctual):
                 usual = now - started
             for name in missing:
-                if reason := self.given_up(name, now - started, usual):
+                if reason := self.given_up(name, step, now - started, usual):
                     self.take(name, self.open.get(name), f"{step}: {reason}")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.answered.wait(), 1)
@@ -208,7 +209,7 @@ class Aggregator(aggregator.Aggregator):
                 log.info("%s: waiting for %s (%.0f s)", words, late, spoken - started)
         self.check_presence(words)
 
-    def given_up(self, name: str, waited: float, usual: float | None) -> str | None:
+    def given_up(self, name: str, step: str, waited: float, usual: float | None) -> str | None:
         """Why the participant is waited for no longer; None if it is. `usual`: what three quarters needed, if known."""
         timeout, most = self.known.config.participant_timeout, self.known.config.answer_timeout
         if (silence := self.silence(name)) > timeout:
@@ -217,7 +218,7 @@ class Aggregator(aggregator.Aggregator):
             most = min(most, max(timeout, SLOWEST * usual))
         if waited <= most:
             return None
-        self.late.add(name)
+        self.late.add((name, step))
         others = "" if usual is None else f", three quarters of the others needed {usual:.0f} s"
         return f"no answer within {most:.0f} s{others}"
 
@@ -283,7 +284,7 @@ class Aggregator(aggregator.Aggregator):
         if not failure and len(message) > (most := self.known.largest_report(assignment.step)):
             report = f"{assignment.step}: more than {most} bytes"
         if self.take(name, assignment, report):
-            self.late.discard(name)
+            self.late.discard((name, assignment.step))
             assignment.traffic[-1].update(up=len(message), taken=time.time())
 
     def warn_once(self, name: str, words: str) -> None:

@@ -422,7 +422,7 @@ def translate_handshakes() -> None:
     def read():
         for line in os.fdopen(reading, errors="replace"):
             if "Handshake failed" in line:
-                code = line.strip(" .\n").rpartition(":")[2]
+                code = line.rpartition("OPENSSL_internal:")[2].strip(" .\n").partition(":")[0]  # newer ones say more
                 log.warning("somebody was refused at the door: %s", HANDSHAKES.get(code, f"{code} in the handshake"))
             else:
                 ours.write(line)

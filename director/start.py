@@ -11,7 +11,9 @@ import logging
 import os
 import re
 import shutil
+import time
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 warnings.filterwarnings("ignore", module="(.*/)?(metaflow|_distutils_hack)")  # OpenFL's dependencies on their own age
 
 OPENFL = "1.9"  # its last release, which director/ and envoy/ mend
+GRPC = (1, 85)  # refuses a long message before it has come whole
 KEYS = ("port", "envoy_health_check_period")  # whole numbers
 MOST = 65_535  # the largest port
 
@@ -49,6 +52,25 @@ def read_config(path: Path) -> dict[str, int]:
     if missing := [key for key in KEYS if key not in config]:
         raise SystemExit(f"{path}: {missing[0]}: missing")
     return config
+
+
+class Seldom(logging.Filter):
+    """Lets each line of code log so many times a minute: what a member causes again and again would fill the disk."""
+
+    def __init__(self, most: int = 200):
+        super().__init__()
+        self.most, self.minute, self.counts = most, None, Counter()
+
+    def filter(self, record) -> bool:
+        if (minute := time.monotonic() // 60) != self.minute:
+            self.minute, self.counts = minute, Counter()
+        self.counts[place := (record.pathname, record.lineno)] += 1
+        if self.counts[place] == self.most:
+            record.msg, record.args = (
+                f"{record.getMessage()} (what else of this kind comes in this minute is left out)",
+                (),
+            )
+        return self.counts[place] <= self.most
 
 
 class Refusal(grpc.GenericRpcHandler):
@@ -109,6 +131,12 @@ def main():
     work_in((args.work or args.runs) / f".director-{config['port']}")
     translate_handshakes()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger().handlers[0].addFilter(Seldom())
+    if tuple(map(int, (found := version("grpcio")).split(".")[:2])) < GRPC:
+        logging.warning(
+            "grpcio %s holds whatever a member sends in memory: pip install --no-deps -r director/requirements.txt",
+            found,
+        )
     try:
         serve(config, files, args.runs)
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """The launcher: who takes part, and that nothing is left running."""
 
 import inspect
+import logging
 import os
 import signal
 import subprocess
@@ -186,7 +187,7 @@ def test_another_python_is_refused_before_anything_is_installed(tmp_path, python
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = (3, {version}); $2"\n')
     program.chmod(0o755)
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
-    for file in ("requirements.txt", "envoy/requirements.txt"):
+    for file in ("requirements.txt", "envoy/requirements.txt", "director/requirements.txt"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
     made = subprocess.run(["make", ".venv/ready", f"PYTHON={program}"], cwd=tmp_path, capture_output=True, text=True)
@@ -515,3 +516,10 @@ def test_a_wrong_director_yaml_ends_the_director_with_one_line(tmp_path, read_co
 
 def test_the_director_yaml_as_it_is_handed_out(read_config):
     assert read_config(ROOT / "director" / "director.yaml") == {"port": 50051, "envoy_health_check_period": 5}
+
+
+def test_what_is_logged_again_and_again_does_not_fill_the_directors_disk():
+    seldom = load_module("director_start", ROOT / "director" / "start.py").Seldom(most=3)
+    records = [logging.LogRecord("door", 30, "server.py", line, "%s calls", ("Eve",), None) for line in [1] * 9 + [2]]
+    said = [record.getMessage() for record in records if seldom.filter(record)]
+    assert said[:2] == ["Eve calls"] * 2 and "is left out" in said[2] and said[3:] == ["Eve calls"]

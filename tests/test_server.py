@@ -1,6 +1,7 @@
 """The aggregator's server, with an aggregator that is in the middle of a step, and callers who mean no good."""
 
 import asyncio
+import subprocess
 import sys
 import threading
 import time
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import grpc
+import psutil
 import pytest
 from conftest import ROOT, load_module
 from openfl.experimental.workflow.protocols import aggregator_pb2, aggregator_pb2_grpc
@@ -127,6 +129,32 @@ def endless(counted, size=1 << 20, most=2000):
     for _ in range(most):
         counted.append(size)
         yield base_pb2.DataStream(npbytes=bytes(size))
+
+
+LONG_MESSAGE = """
+import sys, grpc
+port, folder, method = sys.argv[1:]
+key, certificate, ca = (open(f"{folder}/{file}", "rb").read() for file in ("Mallory.key", "Mallory.crt", "ca.crt"))
+credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+with grpc.secure_channel(f"localhost:{port}", credentials, [("grpc.max_send_message_length", -1)]) as channel:
+    try:
+        list(channel.unary_stream(method)(bytes(400 << 20), timeout=60))
+    except grpc.RpcError as error:
+        print(error.code().name)
+"""
+
+
+def test_a_long_message_is_refused_before_it_has_come_whole(steps, folder):
+    """Of 400 MB, sent by a process of its own, as `director/requirements.txt` says."""
+    me, most = psutil.Process(), 0
+    before = me.memory_info().rss
+    command = [sys.executable, "-c", LONG_MESSAGE, str(steps.port), str(folder), f"/{SERVICE}/GetTasks"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sender:
+        while sender.poll() is None:
+            most = max(most, me.memory_info().rss)
+            time.sleep(0.005)
+        assert sender.stdout.read().strip() == "RESOURCE_EXHAUSTED"
+    assert most - before < 100 << 20
 
 
 def test_a_certificate_that_is_not_in_the_experiment_gets_nothing_and_nothing_of_it_is_collected(steps, stub):
