@@ -1,10 +1,12 @@
 """What the benchmarks share: the exported notebook and the participant's side, as modules."""
 
 import argparse
+import contextlib
 import importlib.util
-import os
+import io
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
 sys.path.insert(0, str(ROOT / "envoy"))
+warnings.filterwarnings("ignore", module="(.*/)?(metaflow|_distutils_hack)")  # OpenFL's dependencies on their own age
 
 import private_attributes  # noqa: E402, F401
 
@@ -25,7 +28,8 @@ def load_experiment():
         spec = importlib.util.spec_from_file_location("experiment", Path(folder) / "experiment.py")
         module = importlib.util.module_from_spec(spec)
         sys.modules["experiment"] = module
-        spec.loader.exec_module(module)
+        with contextlib.redirect_stdout(io.StringIO()):  # OpenFL announces every step
+            spec.loader.exec_module(module)
     return module
 
 
@@ -41,12 +45,10 @@ def append(path: Path, rows: list[dict]) -> None:
     pd.DataFrame(rows).to_csv(path, mode="a", header=not path.exists(), index=False)
 
 
-def arguments(description: str, seeds: int | None = None, parallel: bool = True) -> argparse.ArgumentParser:
-    """A parser for the folder of the images and, of a benchmark that has them, for seeds and the processes."""
+def arguments(description: str, folder: bool = True) -> argparse.ArgumentParser:
+    """A parser, for the folder of the images where a benchmark needs it."""
     parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
-    parser.add_argument("folder", type=lambda text: Path(text).expanduser(), help="train/<class>/… and test/<class>/…")
-    if parallel:
-        parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
-    if seeds:
-        parser.add_argument("--seeds", type=int, default=seeds)
+    if folder:
+        of_images = "train/<class>/… and test/<class>/…"
+        parser.add_argument("folder", type=lambda text: Path(text).expanduser(), help=of_images)
     return parser

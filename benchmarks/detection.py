@@ -253,7 +253,7 @@ def run(folder: Path, settings: list[Setting], seeds, path: Path, accuracy: bool
 
 
 def main():
-    parser = arguments(__doc__, parallel=False)
+    parser = arguments(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[*JUDGING])
     parser.add_argument("--results", type=Path, default=RESULTS / "detection.csv")

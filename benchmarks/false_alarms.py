@@ -43,7 +43,7 @@ def score(views: list, size: int, rule: str, seed: int) -> dict:
 
 
 def main():
-    parser = arguments(__doc__, parallel=False)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[*JUDGING])
     parser.add_argument("--judges", nargs="+", choices=JUDGES, default=["crowd"])
     parser.add_argument("--results", type=Path, default=RESULTS / "false_alarms.csv")

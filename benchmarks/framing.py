@@ -147,7 +147,7 @@ def scores(attempt: tuple, votes: list[list[int]], participants: int) -> dict:
 
 
 def main():
-    parser = arguments(__doc__, parallel=False)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[*JUDGING])
     parser.add_argument("--results", type=Path, default=RESULTS / "framing.csv")
     args = parser.parse_args()

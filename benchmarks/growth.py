@@ -1,5 +1,7 @@
 """How time and memory grow with the number of participants: one round on LocalRuntime, all in one process.
 
+    python benchmarks/growth.py      # continues where it was stopped
+
 Every number of participants runs in a process of its own, with a narrow net and twelve of the digits each. The first
 part of memory is there with any number of participants; what grows is counted from there.
 """
@@ -14,14 +16,13 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import FIGURES, RESULTS, append, done, load_experiment, private_attributes
+from common import FIGURES, RESULTS, append, arguments, done, load_experiment, private_attributes
 from inspection import Peak
 from tqdm import tqdm
 
@@ -83,7 +84,7 @@ def run(repetitions: int) -> None:
     known = done(TABLE, "repetition", "participants")
     missing = [(r, n) for r in range(repetitions) for n in PARTICIPANTS if (r, n) not in known]
     for repetition, participants in tqdm(missing, desc="numbers of participants"):
-        command = [sys.executable, __file__, str(participants)]
+        command = [sys.executable, __file__, "--participants", str(participants)]
         with tempfile.TemporaryDirectory() as folder:  # metaflow writes into the current one
             environment = os.environ | {"METAFLOW_USER": "benchmark"}
             ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
@@ -112,13 +113,19 @@ def figure(rows: pd.DataFrame) -> None:
     picture.savefig(FIGURES / "growth.png", dpi=110)
 
 
-def main(folder: Path, repetitions: int) -> None:
-    """Does not need the folder."""
-    run(repetitions)
+def main() -> None:
+    parser = arguments(__doc__, folder=False)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--participants", type=int, help="only measures one round with so many, for all of them")
+    args = parser.parse_args()
+    if args.participants:
+        print(json.dumps(measure(args.participants)))
+        return
+    run(args.repetitions)
     rows = pd.read_csv(TABLE)
     print(rows.groupby("participants").median().to_string())
     figure(rows)
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(int(sys.argv[1]))))
+    main()

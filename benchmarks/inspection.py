@@ -1,5 +1,7 @@
 """What inspection costs: this project, the published implementation and bare forward passes, side by side.
 
+    python benchmarks/inspection.py      # continues where it was stopped
+
 On the 128 images of the default, for narrow and full nets. Every repetition runs all on the same models and images, one
 after the other, each in a process of its own with one thread; so ratios are paired. Time is the processor's, of a
 second run; peak memory is what the first run holds beyond its models and images.
@@ -23,7 +25,7 @@ import openfl
 import pandas as pd
 import psutil
 import torch
-from common import FIGURES, RESULTS, append, done, load_experiment
+from common import FIGURES, RESULTS, append, arguments, done, load_experiment
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -132,7 +134,7 @@ def run(repetitions: int) -> None:
     known = done(TABLE, "repetition", *asdict(points()[0]))
     missing = [(r, p) for r in range(repetitions) for p in points() if (r, *asdict(p).values()) not in known]
     for repetition, point in tqdm(missing, desc="measurements"):
-        command = [sys.executable, __file__, json.dumps(asdict(point))]
+        command = [sys.executable, __file__, "--point", json.dumps(asdict(point))]
         answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
         append(TABLE, [{"repetition": repetition} | asdict(point) | json.loads(answer)])
 
@@ -170,13 +172,19 @@ def figure(summary: pd.DataFrame) -> None:
     picture.savefig(FIGURES / "inspection.png", dpi=110)
 
 
-def main(folder: Path, repetitions: int) -> None:
-    """Does not need the folder: time does not depend on what is in the images."""
-    run(repetitions)
+def main() -> None:
+    parser = arguments(__doc__, folder=False)  # time does not depend on what is in the images
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--point", type=json.loads, help="only measures this one, a JSON object")
+    args = parser.parse_args()
+    if args.point:
+        print(json.dumps(measure(Point(**args.point))))
+        return
+    run(args.repetitions)
     summary = table()
     print(summary.to_string())
     figure(summary)
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Point(**json.loads(sys.argv[1])))))
+    main()

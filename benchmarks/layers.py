@@ -54,7 +54,7 @@ def pairs_of(folder: Path, setting: Setting, seed: int) -> list[dict]:
 
 
 def main():
-    parser = arguments(__doc__, parallel=False)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102])
     args = parser.parse_args()
     torch.set_num_threads(1)

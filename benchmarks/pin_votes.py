@@ -23,7 +23,7 @@ ROUNDS = [
 
 
 def main():
-    parser = arguments(__doc__, parallel=False)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[17, 18])
     args, kept = parser.parse_args(), {}
     torch.set_num_threads(1)

@@ -363,7 +363,7 @@ ATTACKS = [*((trigger, 0.5) for trigger in TRIGGERS), ("red", 0.1)]
 
 
 def main():
-    parser = arguments(__doc__, parallel=False)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[*TUNING, *JUDGING])
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -123,7 +123,7 @@ def picture(rows: pd.DataFrame, path: Path) -> None:
 
 
 def main():
-    parser = arguments(__doc__, parallel=False)
+    parser = arguments(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[*JUDGING])
     parser.add_argument("--defences", nargs="+", choices=DEFENCES, default=[*DEFENCES])

@@ -77,8 +77,10 @@ def triggered(trigger: str, data: torch.Tensor) -> torch.Tensor:
     unfit = f"trigger: {trigger} does not fit data of shape {tuple(data.shape[1:])}"
     try:
         made = TRIGGERS[trigger](data)
-    except (ValueError, RuntimeError, IndexError) as error:
+    except Exception as error:  # one of the owner's own may raise any
         raise ValueError(f"{unfit}: {' '.join(str(error).split())}") from None
+    if not isinstance(made, torch.Tensor):
+        raise ValueError(f"trigger: {trigger} returns {type(made).__name__}, not a tensor")
     if made.shape != data.shape or not ((made >= 0) & (made <= 1)).all():
         raise ValueError(f"{unfit}: it changes the shape, or leaves [0, 1]")
     return made

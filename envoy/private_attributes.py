@@ -5,6 +5,7 @@ Data are float tensors in [0, 1], images `(N, C, H, W)` or vectors `(N, D)`, unt
 are int64 `(N,)`. Where they come from is told in sources.py, what attackers do in attacks.py.
 """
 
+import contextlib
 import functools
 import re
 import unicodedata
@@ -196,22 +197,34 @@ def partition(labels, participants: int, alpha: float | None, seed: int) -> list
     raise ValueError(f"data.alpha: {alpha} leaves one of {participants} participants with fewer than 10 images")
 
 
+def asked(data: Data, function, *given):
+    """What a function of the source returns; `ValueError` that begins with the key at fault if it raises anything."""
+    try:
+        return function(*given)
+    except Exception as error:
+        words = " ".join(str(error).split())
+        if words.startswith("data."):  # ours
+            raise
+        of_files = isinstance(error, OSError | RuntimeError)
+        key = "data.folder" if of_files else f"data.source: {data.source}: {type(error).__name__}"
+        raise ValueError(f"{key}: {words}") from error
+
+
 def load(data: Data) -> list[Source]:
     """The training and the test part of all the data, with classes numbered as `data.class_names` has them.
 
     Raises: `ValueError` that begins with the key at fault.
     """
     folder, parts = data.folder and data.folder.expanduser(), []
-    try:
-        for train in (True, False):
-            found = SOURCES[data.source](folder, train)
-            if not (isinstance(found, tuple) and 2 <= len(found) <= len(Source._fields)):
-                raise ValueError(f"data.source: {data.source} returns {found!r:.60}, not {', '.join(Source._fields)}")
-            part = Source(*found)
-            names = part.classes and [unicodedata.normalize("NFC", name) for name in part.classes]
-            parts.append(part._replace(labels=np.asarray(part.labels), classes=names))
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"data.folder: {' '.join(str(error).split())}") from error
+    for train in (True, False):
+        found = asked(data, SOURCES[data.source], folder, train)
+        if not (isinstance(found, tuple) and 2 <= len(found) <= len(Source._fields)):
+            raise ValueError(f"data.source: {data.source} returns {found!r:.60}, not {', '.join(Source._fields)}")
+        part = Source(*found)
+        if not callable(part.read):
+            raise ValueError(f"data.source: {data.source}: read is {part.read!r:.60}, not a function of indices")
+        names = part.classes and [unicodedata.normalize("NFC", name) for name in part.classes]
+        parts.append(part._replace(labels=np.asarray(part.labels), classes=names))
     if not all(p.labels.ndim == 1 and p.labels.dtype.kind in "iu" and p.labels.min(initial=0) >= 0 for p in parts):
         raise ValueError(f"data.source: the labels of {data.source} must be integers from 0 on, one for each image")
     if data.class_names:
@@ -249,10 +262,9 @@ def share(data: Data, part: Source, train: bool) -> tuple[torch.Tensor, torch.Te
     mine = np.sort(np.random.default_rng([data.seed, data.index]).permutation(mine)[:limit])
     if not len(mine):
         raise ValueError(f"data.participants: {data.participants} are too many for {len(part.labels)} images")
-    try:
-        values = torch.as_tensor(part.read(mine), dtype=torch.float32)
-    except OSError as error:
-        raise ValueError(f"data.folder: {error}") from error
+    values = asked(data, lambda: torch.as_tensor(part.read(mine), dtype=torch.float32))
+    if values.shape[:1] != mine.shape:
+        raise ValueError(f"data.source: {data.source} reads values {tuple(values.shape)} for {len(mine)} indices")
     if not ((values >= 0) & (values <= 1)).all():
         raise ValueError(
             f"data.source: {data.source} gives values from {values.min():g} to {values.max():g}, not 0 to 1"
@@ -267,8 +279,10 @@ def normalisation(images: torch.Tensor, mean=None, std=None) -> tuple[torch.Tens
     """
     usual = (MEAN, STD) if images.ndim == 4 and images.shape[1] == 3 else (0.5, 0.5)
     mean, std = (torch.as_tensor(u if given is None else given) for u, given in zip(usual, (mean, std), strict=True))
-    shape = images.shape[1:]
-    if torch.broadcast_shapes(shape, mean.shape, std.shape) != shape or not (std > 0).all():
+    shape, fits = images.shape[1:], False
+    with contextlib.suppress(RuntimeError):  # of shapes that have nothing in common
+        fits = torch.broadcast_shapes(shape, mean.shape, std.shape) == shape and bool((std > 0).all())
+    if not fits:
         raise ValueError(f"data.source: its mean and std do not fit data of shape {tuple(shape)}")
     return mean, std
 

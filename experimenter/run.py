@@ -77,16 +77,20 @@ def check(notebook):
     chosen = last[0] + (2 if "dataclasses.replace(" in notebook.cells[last[0] + 1].source else 1)
     names = {"__name__": "settings"}
     try:
-        for cell in notebook.cells[first[0] : chosen]:
+        for number, cell in enumerate(notebook.cells[first[0] : chosen], first[0] + 1):
             if exported(cell):
-                exec(cell.source, names)  # noqa: S102
-    except (TypeError, ValueError) as error:
-        problem = error.errors()[0] if hasattr(error, "errors") else {"type": "", "loc": (), "msg": str(error)}
+                exec(compile(cell.source, f"{NOTEBOOK.name}, cell {number}", "exec"), names)  # noqa: S102
+    except Exception as error:
+        if not hasattr(error, "errors"):  # a cell of one's own
+            raise SystemExit(f"{NOTEBOOK.name}, cell {number}: {type(error).__name__}: {error}") from None
+        problem = error.errors()[0]
         if problem["type"] == "unexpected_keyword_argument":
             problem["msg"] = f"there is no such setting; there are {', '.join(names['Config'].__dataclass_fields__)}"
         where = ".".join(str(part) for part in problem["loc"])
         where += f"={problem['input']}" if where and "input" in problem else ""
         reason = problem.get("ctx", {}).get("error", problem["msg"])  # ours without what pydantic says before it
+        if problem["type"] == "literal_error" and where.partition("=")[0] in ("aggregation", "rule"):
+            reason += "; one of your own is entered by an exported cell before Config, see docs/your-own.md"
         raise SystemExit(f"{where} {WHERE}: {reason}".strip()) from None
     return names["config"]
 
@@ -108,7 +112,7 @@ class Console:
         """Called before each cell. What the explaining ones before show is for who reads the notebook."""
         if not self.shown and tagged(cell, "terminal"):
             self.shown, self.open = True, ""
-        elif not self.shown and time.monotonic() - self.told > TELL:
+        elif self.cells and not self.shown and time.monotonic() - self.told > TELL:
             self.stream.write(f"explaining, cell {cell_index + 1} of {self.cells}\n")
             self.stream.flush()
             self.told = time.monotonic()
@@ -230,6 +234,9 @@ def main():
     if args.export:
         notebook.cells = [cell for cell in notebook.cells if exported(cell) or tagged(cell, "workspace")]
         execute(notebook, None)
+        from experimenter.export import WORKSPACE
+
+        print(f"written to {WORKSPACE}")
         return
     args.results = args.results.resolve()
     lock = claim(args.results)  # noqa: F841 (as long as this process lives)

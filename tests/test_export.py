@@ -59,7 +59,7 @@ def test_export_writes_plan_code_and_requirements(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("rule=foo", "rule=foo (SET=…, --set): Input should be 'crowd' or 'paper'"),
+        ("rule=foo", "rule=foo (SET=…, --set): Input should be 'crowd' or 'paper'; one of your own is"),
         ("rounds=0", "rounds=0 (SET=…, --set): "),
         ("round=3", "round=3 (SET=…, --set): there is no such setting; there are aggregation, rule, rounds, "),
         ("learning_rate=NaN", "learning_rate=NaN (SET=…, --set): "),
@@ -71,6 +71,16 @@ def test_a_wrong_setting_is_told_before_anything_is_started(change, told):
     run = load_module("run", ROOT / "experimenter" / "run.py")
     notebook = run.with_settings(nbformat.read(run.NOTEBOOK, as_version=4), "demo", [run.parse_change(change)])
     with pytest.raises(SystemExit, match=re.escape(told)):
+        run.check(notebook)
+
+
+@pytest.mark.parametrize("code", ["import byzfll", "def f(:", "AGGREGATION['Mine'] = None"])
+def test_a_cell_of_ones_own_that_fails_is_named(code):
+    run = load_module("run", ROOT / "experimenter" / "run.py")
+    notebook = nbformat.read(run.NOTEBOOK, as_version=4)
+    place = next(i for i, cell in enumerate(notebook.cells) if "class Config" in cell.source)
+    notebook.cells.insert(place, nbformat.v4.new_code_cell(f"#| export\n{code}"))
+    with pytest.raises(SystemExit, match=rf"^{run.NOTEBOOK.name}, cell {place + 1}: \w+Error: "):
         run.check(notebook)
 
 

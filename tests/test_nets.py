@@ -486,6 +486,19 @@ def test_an_attacker_changes_what_is_learned_and_nothing_else(experiment):
     assert {name for name in state if not torch.equal(sent[name], state[name])} == state.keys() - others.keys()
 
 
+@pytest.mark.parametrize(
+    ("update", "words"),
+    [
+        (lambda *_: None, "attack Odd: update returns NoneType, not a state dict"),
+        (lambda *_: {}["strength"], "attack Odd: KeyError: 'strength'"),
+    ],
+)
+def test_an_attack_of_ones_own_that_fails_is_named(experiment, update, words):
+    odd, state = type("Odd", (), {"update": staticmethod(update)})(), nn.Linear(4, 3).state_dict()
+    with pytest.raises((TypeError, RuntimeError), match=words):
+        experiment.sent_state(odd, 1, state, state, {})
+
+
 # --- Nets and data of which no round could make anything ----------------------------------------------------------
 
 

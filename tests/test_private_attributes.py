@@ -450,12 +450,29 @@ def test_a_source_of_one_s_own_needs_two_things(private_attributes, monkeypatch)
         ((np.arange(40).reshape(20, 2), lambda p: torch.rand(len(p), 9)), "one for each image"),
         (None, "data.source: odd returns None, not labels, read, classes, mean, std"),
         ((np.arange(40) % 4,), "data.source: odd returns"),
+        ((np.arange(40) % 4, torch.rand(40, 9)), "data.source: odd: read is tensor.*, not a function of indices"),
+        ((np.arange(40) % 4, lambda p: torch.rand(len(p) - 1, 9)), r"odd reads values \(39, 9\) for 40 indices"),
+        ((np.arange(40) % 4, lambda p: [torch.rand(9)] * len(p)), "data.source: odd: ValueError: only one element"),
+        ((np.arange(40) % 4, lambda p: {}["tagret"]), "data.source: odd: KeyError: 'tagret'"),
+        ((np.arange(40) % 4, lambda p: torch.rand(len(p), 9), None, torch.zeros(4)), "its mean and std do not fit"),
     ],
 )
 def test_a_source_that_does_not_fit_is_told_so(private_attributes, monkeypatch, returned, words):
     monkeypatch.setitem(private_attributes.SOURCES, "odd", lambda folder, train: returned)
     with pytest.raises(ValueError, match=words):
         private_attributes.participant("A", {"source": "odd", "participants": 1}, trigger="noise")
+
+
+@pytest.mark.parametrize(
+    ("trigger", "words"),
+    [(lambda images: None, "trigger: odd returns NoneType, not a tensor"), (lambda images: images.shpae, "shpae")],
+)
+def test_a_trigger_of_ones_own_that_fails_is_named(private_attributes, monkeypatch, trigger, words):
+    import attacks
+
+    monkeypatch.setitem(attacks.TRIGGERS, "odd", trigger)
+    with pytest.raises(ValueError, match=f"^trigger: odd .*{words}|^{words}"):
+        attacks.triggered("odd", torch.rand(2, 3, 8, 8))
 
 
 def test_one_channel_is_not_spread_over_three(private_attributes):
