@@ -211,6 +211,7 @@ def test_the_round_goes_on_without_who_has_no_heartbeat(of_three):
     assert of_three.clones_dict["Chandler"].report == b"update", "it is back"
 
 
+@pytest.mark.slow
 def test_slow_is_not_dead(of_three):
     """All of them work long, with heartbeats."""
     of_three.flow = Flow(timeout=1)
@@ -218,6 +219,7 @@ def test_slow_is_not_dead(of_three):
     assert all(of_three.clones_dict[name].report == b"update" for name in THREE)
 
 
+@pytest.mark.slow
 def test_who_never_answers_is_left_out_and_the_next_time_when_the_others_have_answered(of_three, module, monkeypatch):
     """Though it has answered another step in time: its silence costs the others the long wait once for each step."""
     monkeypatch.setattr(module, "SLOWEST", 2)
@@ -231,6 +233,7 @@ def test_who_never_answers_is_left_out_and_the_next_time_when_the_others_have_an
     assert not of_three.late, "it has answered"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["Amsterdam"], NAMES])
 def test_one_or_two_are_not_waited_for_for_ever(aggregator, names):
     aggregator.selected_collaborators, aggregator.flow = names, Flow(timeout=0.5, longest=1)
@@ -238,6 +241,7 @@ def test_one_or_two_are_not_waited_for_for_ever(aggregator, names):
     assert aggregator.clones_dict["Amsterdam"].report == "train: no answer within 1 s"
 
 
+@pytest.mark.slow
 def test_quick_colluders_do_not_choose_who_is_waited_for(aggregator, module, monkeypatch):
     """Two of five answer at once, one honest participant soon, the others need far longer than ten times that."""
     monkeypatch.setattr(module, "SLOWEST", 2)

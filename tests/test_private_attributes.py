@@ -727,6 +727,7 @@ assert type(pickle.loads(pickle.dumps(mine["adversary"]))) is p.Backdoor"""
     assert package.returncode == 0, package.stderr
 
 
+@pytest.mark.slow
 def test_importing_does_nothing(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'envoy')!r}); import private_attributes; "
     code += "print({'sklearn', 'torchvision'} & set(sys.modules))"
