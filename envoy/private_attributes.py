@@ -205,7 +205,7 @@ def asked(data: Data, function, *given):
         words = " ".join(str(error).split())
         if words.startswith("data."):  # ours
             raise
-        of_files = isinstance(error, OSError | RuntimeError)
+        of_files = isinstance(error, OSError) or (data.folder and isinstance(error, RuntimeError))
         key = "data.folder" if of_files else f"data.source: {data.source}: {type(error).__name__}"
         raise ValueError(f"{key}: {words}") from error
 
